@@ -1,0 +1,191 @@
+"""What every script needs and no paper explains: checkpoints, the run log, seeding, the process group, errors.
+
+Checkpoints are one dict of tensors and plain values. They are written to a temporary file, flushed to disk and renamed, so
+that a crash, a full disk or Ctrl-C leaves the previous file whole; they are read with `weights_only=True`, which executes
+nothing that the file contains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+FORMAT_VERSION = 1  # of the checkpoints; raised when their layout changes
+
+
+class UserError(Exception):
+    """Something that the user can mend. Shown as one line, without a traceback.
+
+    status: exit status, 1 for data (files, checkpoints, values found in them), 2 for usage (flags and settings).
+    """
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
+
+
+@contextlib.contextmanager
+def plain_errors(status: int = 1) -> Iterator[None]:
+    """Turn what our modules raise for bad input (ValueError, OSError, ImportError) into a UserError of that status.
+
+    Put around the calls that read what the user gave, and nothing else: elsewhere such an error is a bug and keeps its trace.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(str(error), status) from error
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's main(): a UserError becomes one line on stderr and its exit status."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(content: dict, path: str | Path) -> None:
+    """Write `content` (tensors and plain values) to `path` in one atomic step.
+
+    Raises UserError if the disk is full or the folder cannot be written; the file that was there before stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT_VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        kept = "; the previous checkpoint is untouched" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {error}{kept}. Free space there or choose another --out.") from error
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
+    """Read a checkpoint. Raises UserError for a missing, truncated, corrupt or foreign file, or a newer format."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}. Train one with dbp_train.py, or name another with --ckpt.")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # zip, pickle and I/O errors of many types: all mean that the file cannot be used
+        raise UserError(
+            f"{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint: truncated, corrupt, or not written by "
+            f"this project ({type(error).__name__}). Copy it again or train a new one."
+        ) from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise UserError(f"{path} is not a checkpoint of this project: it has no format version.")
+    if content["format"] != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has checkpoint format {content['format']}; this version reads {FORMAT_VERSION}. "
+            "Use the version of the project that wrote it."
+        )
+    return content
+
+
+# --- seeding ----------------------------------------------------------------------------------------------------------
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's global generators (network initialisation and dropout use torch's)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# --- run log ----------------------------------------------------------------------------------------------------------
+
+
+class RunLog:
+    """Rows of metrics in `metrics.csv`, and in TensorBoard files where tensorboard is installed.
+
+    Args: folder; columns: names of all metrics that will come; resume_step: rows after it are dropped, 0 starts a new file.
+    """
+
+    def __init__(self, folder: Path, columns: list[str], resume_step: int = 0):
+        self.path, self.columns = folder / "metrics.csv", ["step", *columns]
+        self.rows: list[dict[str, str]] = []
+        with plain_errors():
+            if resume_step and self.path.is_file():
+                with open(self.path, newline="") as file:
+                    self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resume_step]
+            with open(self.path, "w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(self.rows)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)
+        except ImportError:
+            self.tensorboard = None
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self.rows.append({"step": str(step), **{name: f"{value:.6g}" for name, value in metrics.items()}})
+        with plain_errors(), open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.columns, restval="").writerow(self.rows[-1])
+        if self.tensorboard is not None:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
+
+    def column(self, name: str) -> tuple[list[float], list[float]]:
+        """(steps, values) of one metric, for plots."""
+        rows = [row for row in self.rows if row.get(name)]
+        return [float(row["step"]) for row in rows], [float(row[name]) for row in rows]
+
+    def close(self) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+
+# --- process group ----------------------------------------------------------------------------------------------------
+
+
+def start_process_group(device: str) -> tuple[int, int, torch.device]:
+    """(rank, number of ranks, device) under torchrun, (0, 1, device) without it."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); try cpu", 2) from error
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def average_over_ranks(x: Tensor) -> Tensor:
+    """Mean of a tensor over all ranks; the tensor itself in one process."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Replace every gradient by its mean over ranks, in one message."""
+    if not dist.is_initialized():
+        return
+    flat = average_over_ranks(torch.cat([p.grad.flatten() for p in parameters]))
+    for p, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(mean.view_as(p))

@@ -1,0 +1,446 @@
+"""Stage 1, the Drift-Based Policy: Algorithm 1 of the paper, demonstrations -> one-step policy.
+
+    python dbp_train.py --env pusht                         PLACEHOLDER
+    python dbp_train.py --env pusht --preset best
+    python dbp_train.py --env pusht --preset paper          the paper's network and settings (Tables VII, VIII); wants a GPU
+    python dbp_train.py --env pusht --resume                go on where a run was stopped
+    torchrun --nproc-per-node 2 dbp_train.py --env pusht    the same gradients from two processes
+
+One step: B observations, G latents each, G chunks from one forward pass (24), the drift of every chunk and the regression onto
+the drifted chunks (drift.py), one optimiser step, one step of the averaged weights. Now and then the averaged policy
+acts in the simulator; the best one by score becomes the checkpoint. All results are in runs/<env>/:
+
+    dbp.pt          the policy: evaluate.py, dbpo_finetune.py and Policy.load read it
+    state.pt        everything that --resume needs
+    config.json     the resolved settings     metrics.csv     what the console showed     tensorboard/   the same
+    curve.png       learning curves           rollout.gif     the policy at work          result.json    final numbers
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not fight the simulator for the cores
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import demos
+import envs
+import evaluate
+from common import (
+    RunLog,
+    UserError,
+    average_gradients,
+    average_over_ranks,
+    load_checkpoint,
+    plain_errors,
+    run_main,
+    save_checkpoint,
+    seed_everything,
+    start_process_group,
+)
+from drift import dbp_loss, dbp_loss_stepwise
+from policy import EMA, Policy, PolicyConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Defaults are the preset `fast`; the other presets change what PRESETS lists."""
+
+    env: str = "pusht"  # task, a row of envs.TASKS
+    demos: str = "embedded"  # embedded, official, or a path (.zarr, .zip, .npz)
+    preset: Literal["fast", "best", "paper"] = "fast"  # fast: PLACEHOLDER; paper: Tables VII, VIII
+    out: str = ""  # run folder; empty: runs/<env>
+    ckpt: str = ""  # start from the weights and normaliser of this checkpoint; empty: from scratch
+    resume: bool = False  # go on from state.pt in the run folder, bit for bit
+    seed: int = 0  # of the network, the minibatches and the latents
+    device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the network; auto: the faster, timed at the start
+    compile: bool = False  # torch.compile the network
+
+    steps: int = 8_000  # gradient steps
+    batch_size: int = 128  # B, observations per step, over all processes
+    hypotheses: int = 4  # G; Table VII: 4
+    temperatures: tuple[float, ...] = (0.1,)  # T; Table VII: 0.2 for Push-T
+    stepwise: bool = False  # step-wise instead of chunk mode, Eq. (11)
+
+    lr: float = 1e-3  # peak learning rate of AdamW
+    lr_schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up: cosine to 0, or constant (Table VII)
+    warmup: int = 300  # steps of linear warm-up; Table VII: 500
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW; Table VII: 0.95, 0.999
+    weight_decay: float = 1e-6  # of AdamW; released: 1e-6
+    grad_clip: float = 1.0  # largest norm of the gradient; Table VII: 1.0
+    ema_power: float = 0.75  # averaged weights: decay 1 - (1 + t)^-power; Table VII
+    ema_max_decay: float = 0.9999  # ... at most this; Table VII
+
+    obs_steps: int = 2  # To; Table VII
+    horizon: int = 16  # Tp; Table VII
+    action_steps: int = 8  # Ta; Table VII
+    backbone: Literal["mlp", "unet"] = "mlp"  # mlp: residual MLP; unet: conditional U-Net 1D of Table VIII
+    width: int = 256  # features of the mlp
+    depth: int = 3  # residual blocks of the mlp
+
+    eval_every: int = 2_000  # steps between evaluations; the best by score is kept
+    eval_episodes: int = 50  # episodes of such an evaluation, starts from seed 50,000 on
+    report_episodes: int = 100  # episodes of the final one, starts from seed 100,000 on
+    save_every: int = 1_000  # steps between saves of state.pt
+
+
+PRESETS: dict[str, dict] = {
+    "fast": {},
+    "best": {"steps": 12_000, "width": 384, "depth": 4},
+    "paper": {
+        "steps": 75_600,  # 100 epochs of 24,208 windows in batches of 32
+        "batch_size": 32,
+        "temperatures": (0.2,),
+        "lr": 1e-4,  # lost in our copy of the paper; released: 1e-4
+        "lr_schedule": "constant",
+        "warmup": 500,
+        "betas": (0.95, 0.999),
+        "backbone": "unet",
+        "eval_every": 7_560,
+    },
+}
+
+SELECTION_SEED = 50_000  # first start of the evaluations that choose the checkpoint
+REPORT_SEED = 100_000  # first start of the final evaluation
+LOG_EVERY = 100  # steps between rows of metrics.csv
+EVALUATION_COLUMNS = ["score", "score_low", "score_high", "success_rate"]
+FREE_ON_RESUME = {"resume", "out", "device", "compile"}  # what --resume may change: nothing that alters the numbers
+
+
+def check(cfg: Config) -> None:
+    """Refuse settings that cannot work. Raises UserError, status 2."""
+    at_least_1 = (
+        "steps",
+        "batch_size",
+        "hypotheses",
+        "width",
+        "depth",
+        "eval_every",
+        "eval_episodes",
+        "report_episodes",
+        "save_every",
+    )
+    for name in at_least_1:
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be at least 1", 2)
+    if not cfg.temperatures or min(cfg.temperatures) <= 0:
+        raise UserError(f"--temperatures is {cfg.temperatures}; each must be above 0, for example 0.1", 2)
+    for name in ("lr", "grad_clip", "ema_power"):
+        if not getattr(cfg, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0", 2)
+    for name in ("warmup", "weight_decay", "seed"):
+        if getattr(cfg, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must not be negative", 2)
+
+
+def read_config() -> tuple[Config, dict | None]:
+    """Command line -> settings, and the saved state where --resume asks for one.
+
+    A preset, or on --resume the settings of the run, are the defaults under the flags.
+    """
+    given = tyro.cli(Config, description=__doc__.split("\n")[0])
+    out = given.out or f"runs/{given.env}"
+    if not given.resume:
+        defaults = Config(**PRESETS[given.preset], preset=given.preset)
+        return dataclasses.replace(tyro.cli(Config, default=defaults), out=out), None
+    state = load_checkpoint(Path(out) / "state.pt")
+    saved = Config(**state["config"])
+    cfg = dataclasses.replace(tyro.cli(Config, default=saved), out=out)
+    for field in dataclasses.fields(Config):
+        now, then = getattr(cfg, field.name), getattr(saved, field.name)
+        if field.name not in FREE_ON_RESUME and now != then:
+            flag = field.name.replace("_", "-")
+            raise UserError(f"--{flag} is {now}, but the run in {out} has {then}; leave the flag away to resume it", 2)
+    return cfg, state
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """Linear warm-up, then constant or a cosine that reaches 0 at the last step."""
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup))
+    return cfg.lr * warm * (0.5 * (1 + math.cos(math.pi * step / cfg.steps)) if cfg.lr_schedule == "cosine" else 1.0)
+
+
+def faster_precision(cfg: Config, device: torch.device) -> str:
+    """Time one hidden layer in both precisions; bfloat16 has to be 1.5 times faster to be worth its lost digits.
+
+    Processors without bfloat16 units emulate it, up to 60 times slower: the type of machine does not tell, the clock does.
+    """
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.randn(cfg.batch_size * cfg.hypotheses, 256, device=device, dtype=dtype)
+        w = torch.randn(256, 256, device=device, dtype=dtype)
+        best = math.inf
+        for _ in range(5):
+            start = time.perf_counter()
+            (x @ w).sum().item()  # .item() waits for the device
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return "bfloat16" if seconds(torch.float32) > 1.5 * seconds(torch.bfloat16) else "float32"
+
+
+def plot_curves(log: RunLog, task: envs.Task, path: Path) -> None:
+    """Score with its interval, and the diagnostics of the drift, over the gradient steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    steps, score = log.column("score")
+    axes[0].fill_between(steps, log.column("score_low")[1], log.column("score_high")[1], alpha=0.2)
+    axes[0].plot(steps, score, "o-", label=f"score ({task.score})")
+    axes[0].plot(*log.column("success_rate"), "s--", color="tab:green", label="success rate")
+    axes[0].set(ylim=(0, 1.02), title="averaged policy in the simulator")
+    axes[0].legend(loc="lower right")
+    axes[1].plot(*log.column("distance"), label="to the expert's chunk")
+    axes[1].plot(*log.column("scale"), label="mean distance s")
+    axes[1].set(title="distances of the hypotheses (normalised)", ylim=(0, None))
+    axes[1].legend()
+    for name in (column for column in log.columns if column.startswith("force_rms")):
+        axes[2].plot(*log.column(name), label=f"tau = {name.split('_')[-1]}")
+    axes[2].set(title="force RMS before Eq. (36)")
+    axes[2].legend()
+    for ax in axes:
+        ax.set_xlabel("gradient steps")
+        ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def keep_earlier_run(out: Path, say) -> None:
+    """Move a run that lies in `out` aside, to the first free of <out>.1, <out>.2, ...: nothing is overwritten."""
+    if not any((out / name).exists() for name in ("state.pt", "dbp.pt")):
+        return
+    number = next(n for n in range(1, 10_000) if not Path(f"{out}.{n}").exists())
+    with plain_errors():
+        out.rename(f"{out}.{number}")
+    say(f"the earlier run in {out} is now {out}.{number}")
+
+
+def catch_signals() -> list[int]:
+    """A list that Ctrl-C or SIGTERM appends to; the loop looks at it between steps. A second Ctrl-C stops at once."""
+    caught: list[int] = []
+
+    def note(number: int, _) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return caught
+
+
+def finish(task: envs.Task, out: Path, episodes: int, wall: Callable[[], float]) -> None:
+    """The final numbers, on starts that no decision has seen, and the film. The JSON line ends result.json and the output."""
+    policy = Policy.load(out / "dbp.pt")
+    results = evaluate.rollout(policy, task, list(range(REPORT_SEED, REPORT_SEED + episodes)), film=True)
+    evaluate.write_gif(results["frames"], out / "rollout.gif")
+    line = evaluate.report(policy, results, REPORT_SEED)
+    low, high = line["score_ci95"]
+    print(
+        f"best policy, {episodes} unseen starts: score {line['score']:.3f}, 95 % interval [{low:.3f}, {high:.3f}], "
+        f"success rate {line['success_rate']:.2f}, {line['latency_ms_p50']:.2f} ms per call\n"
+        f"watch {out / 'rollout.gif'}, see {out / 'curve.png'}"
+    )
+    text = json.dumps({**line, "wall_s": round(wall(), 1)})
+    with plain_errors():
+        (out / "result.json").write_text(text + "\n")
+    print(text)
+
+
+def main() -> None:
+    began = time.perf_counter()
+
+    # ---- config -----------------------------------------------------------------------------------------------------
+    cfg, state = read_config()
+    check(cfg)
+    rank, world, device = start_process_group(cfg.device)
+    if cfg.batch_size % world:
+        raise UserError(f"--batch-size is {cfg.batch_size}; it must be a multiple of the {world} processes", 2)
+    if cfg.precision == "auto":
+        cfg = dataclasses.replace(cfg, precision=faster_precision(cfg, device))
+    first = rank == 0  # the process that evaluates, writes and talks
+    say = print if first else lambda *_: None
+
+    # ---- seed -------------------------------------------------------------------------------------------------------
+    seed_everything(cfg.seed)
+    generator = torch.Generator().manual_seed(cfg.seed)  # minibatches and latents; the same on every rank
+
+    # ---- data and environments --------------------------------------------------------------------------------------
+    with plain_errors():
+        task = envs.get_task(cfg.env)
+        data = demos.load(cfg.demos, cfg.env, task.demo_arrays, task.demo_convert)
+        task.make(1, cfg.obs_steps).close()  # a missing simulator shows now, not after the training
+
+    # ---- model ------------------------------------------------------------------------------------------------------
+    with plain_errors(2):
+        policy = Policy(
+            PolicyConfig(
+                env=cfg.env,
+                obs_shapes=task.obs_shapes,
+                action_dim=task.action_dim,
+                obs_steps=cfg.obs_steps,
+                horizon=cfg.horizon,
+                action_steps=cfg.action_steps,
+                backbone=cfg.backbone,
+                width=cfg.width,
+                depth=cfg.depth,
+            )
+        )
+    with plain_errors():
+        windows = demos.Windows(data, cfg.obs_steps, cfg.horizon, cfg.action_steps, device)
+    if cfg.ckpt and state is None:
+        start = Policy.load(cfg.ckpt)
+        with plain_errors():
+            if start.config != policy.config:
+                raise ValueError(f"--ckpt {cfg.ckpt} holds {start.config}, this run needs {policy.config}")
+        policy.load_state_dict(start.state_dict())
+    else:
+        policy.fit_normalizers(data.obs, data.actions)
+    policy.to(device).train()
+    ema = EMA(policy, cfg.ema_power, cfg.ema_max_decay)
+    weights = list(policy.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+    network = torch.compile(policy) if cfg.compile else policy
+    loss_of = dbp_loss_stepwise if cfg.stepwise else dbp_loss
+    say(
+        f"DBP on {cfg.env}: {data.source}, {len(data.episode_ends)} episodes, {len(data.actions):,} steps\n"
+        f"{cfg.backbone}, {sum(p.numel() for p in weights):,} parameters, {device}, {cfg.precision}, {world} process(es), "
+        f"{torch.get_num_threads()} threads; {cfg.steps:,} steps of {cfg.batch_size} x {cfg.hypotheses} chunks -> {cfg.out}"
+    )
+
+    # ---- resume -----------------------------------------------------------------------------------------------------
+    out, step, best, seconds = Path(cfg.out), 0, -math.inf, 0.0
+    if state is not None:
+        policy.load_state_dict(state["model"])
+        ema.policy.load_state_dict(state["policy"]["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_rng"])
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        step, best, seconds = state["step"], state["best"], state["seconds"]
+        say(f"resumed at step {step:,}")
+    forces = [f"force_rms_{tau:g}" for tau in cfg.temperatures]
+    if first:
+        if state is None:
+            keep_earlier_run(out, say)
+        with plain_errors():
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+            columns = ["seconds", "lr", "distance", "scale", *forces, "grad_norm", *EVALUATION_COLUMNS]
+            log = RunLog(out, columns, step)
+    signals = catch_signals()
+
+    def wall() -> float:  # seconds of this run, earlier sessions included
+        return seconds + time.perf_counter() - began
+
+    def save_state() -> None:
+        content = {
+            "config": dataclasses.asdict(cfg),
+            "model": policy.state_dict(),
+            "policy": ema.policy.state(),
+            "optimizer": optimizer.state_dict(),
+            "generator": generator.get_state(),
+            "torch_rng": torch.get_rng_state(),
+            "step": step,
+            "best": best,
+            "seconds": wall(),
+        }
+        if device.type == "cuda":
+            content["cuda_rng"] = torch.cuda.get_rng_state(device)
+        save_checkpoint(content, out / "state.pt")
+
+    # ---- loop: collect, update, log, evaluate, save -------------------------------------------------------------------
+    share = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)  # of the minibatch, for this process
+    bar = tqdm(total=cfg.steps, initial=step, disable=not first, unit="step", smoothing=0.05, dynamic_ncols=True)
+    shown: dict[str, str] = {}
+    while step < cfg.steps:
+        # Algorithm 1, lines 1-2: a minibatch and its latents. Every process draws all of it and keeps its share, so
+        # that the numbers do not depend on how many processes there are.
+        which = torch.randint(len(windows), (cfg.batch_size,), generator=generator)[share]
+        z = torch.randn(cfg.batch_size, cfg.hypotheses, cfg.horizon, task.action_dim, generator=generator)[share]
+        obs, chunk = windows[which.to(device)]
+        expert = policy.normalize_action(chunk).unsqueeze(1)  #                    (B, 1, Tp, Da)
+
+        # Lines 3-7: hypotheses (24), drift and regression (25)-(40).
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
+            generated = network(obs, z.to(device))  #                               (B, G, Tp, Da)
+        if not cfg.stepwise:  # chunk mode: one flat vector per chunk, S = Tp * Da
+            generated, expert = generated.flatten(2), expert.flatten(2)
+        loss, diagnostics = loss_of(
+            generated, expert, temperatures=cfg.temperatures, reduce=average_over_ranks if world > 1 else None
+        )
+
+        # Line 8: the update, with the gradient of the whole minibatch.
+        optimizer.zero_grad(set_to_none=True)
+        loss.mean().backward()
+        average_gradients(weights)
+        norm = torch.nn.utils.clip_grad_norm_(weights, cfg.grad_clip)
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"the loss or its gradient is not finite at step {step:,}; stopped before the update. The last good state is "
+                f"{out / 'state.pt'}, the best policy {out / 'dbp.pt'}. Try a smaller --lr or --precision float32."
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+        optimizer.step()
+        ema.update(step)
+        step += 1
+        bar.update()
+
+        # What is worth watching: not the loss, which is constant by Eq. (36).
+        evaluating = step % cfg.eval_every == 0 or step == cfg.steps
+        row = {}
+        if first and (step % LOG_EVERY == 0 or evaluating):
+            row = {name: value.item() for name, value in diagnostics.items()}
+            row |= {"grad_norm": norm.item(), "lr": learning_rate(cfg, step - 1)}
+            shown |= {"distance": f"{row['distance']:.3f}", "force": f"{row[forces[0]]:.1e}"}
+            bar.set_postfix(shown)
+        if first and evaluating:
+            seeds = list(range(SELECTION_SEED, SELECTION_SEED + cfg.eval_episodes))
+            results = evaluate.rollout(ema.policy, task, seeds)
+            score = float(results["score"].mean())
+            low, high = evaluate.interval95(results["score"])
+            row |= {"score": score, "score_low": low, "score_high": high, "success_rate": results["success"].mean()}
+            if score > best:
+                best = score
+                ema.policy.save(out / "dbp.pt")
+            shown["score"] = f"{score:.3f} (best {best:.3f})"
+            bar.set_postfix(shown)
+        if row:
+            log.write(step, {"seconds": wall(), **row})
+        stop = average_over_ranks(torch.tensor(float(bool(signals)))) > 0 if world > 1 else bool(signals)
+        if first and (evaluating or stop or step % cfg.save_every == 0):
+            save_state()
+            plot_curves(log, task, out / "curve.png") if evaluating else None
+        if stop:
+            bar.close()
+            say(f"stopped at step {step:,}; {out / 'state.pt'} is saved. Go on with --resume.")
+            sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
+    bar.close()
+
+    # ---- final evaluation: starts that no decision has seen --------------------------------------------------------------
+    if first:
+        log.close()
+        finish(task, out, cfg.report_episodes, wall)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,171 @@
+"""A checkpoint -> score with its interval, latency of one policy call, and a picture.
+
+    python evaluate.py --ckpt runs/pusht/dbp.pt                               100 unseen starts, about 15 s
+    python evaluate.py --ckpt runs/pusht/dbp.pt --gif push.gif --episodes 4   watch it
+    python evaluate.py --ckpt runs/pusht/dbp.pt --json                        one line for programs
+
+Protocol: episode i starts from seed seed_start + i; each decision draws one latent and makes one network call (1 NFE, no
+exploration noise). All episodes run side by side; the latents come from --seed, whichever episodes are still running.
+Training selects its best checkpoint on starts from 50,000 on, and reports on starts from 100,000 on: no start serves both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not fight the simulator for the cores
+
+import numpy as np
+import torch
+import tyro
+
+import envs
+from common import UserError, plain_errors, run_main
+from policy import Policy
+
+MAX_ENVS = 100  # environments side by side
+FILMED = 3  # episodes shown next to each other in a GIF
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    ckpt: str = "runs/pusht/dbp.pt"  # checkpoint of any training script
+    env: str = ""  # task; empty: the one the checkpoint was trained for, another is refused
+    episodes: int = 100  # number of episodes
+    seed_start: int = 100_000  # seed of the first start; the published protocol counts from 100,000 too
+    seed: int = 0  # seed of the latents
+    zero_latent: bool = False  # act with z = 0, the centre, instead of a random z
+    device: str = "cpu"  # cpu, cuda, cuda:1, ...; for one small network the CPU is the fastest
+    gif: str = ""  # write a film of the first three episodes here
+    json: bool = False  # print nothing but one JSON line
+
+
+def rollout(
+    policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int = 0, zero_latent: bool = False, film: bool = False
+) -> dict[str, np.ndarray]:
+    """Run one episode per seed. Returns: score, success, return, length, each (episodes,), and frames (list) if film."""
+    c = policy.config
+    results = {"score": [], "success": [], "return": [], "length": []}
+    for first in range(0, len(seeds), MAX_ENVS):
+        batch = seeds[first : first + MAX_ENVS]
+        env = task.make(len(batch), c.obs_steps)
+        generator = torch.Generator().manual_seed(latent_seed + first)
+        if film and first == 0:
+            env.record(range(min(FILMED, len(batch))))
+        obs = env.reset(batch)
+        done, total = np.zeros(len(batch), bool), np.zeros(len(batch))
+        while not done.all():
+            z = torch.randn(len(batch), c.horizon, c.action_dim, generator=generator) * (not zero_latent)
+            running = np.flatnonzero(~done)
+            chunks = np.zeros((len(batch), c.action_steps, c.action_dim), np.float32)
+            chunks[running] = policy.act({k: v[running] for k, v in obs.items()}, z[running]).cpu().numpy()
+            obs, reward, done, info = env.step(chunks)
+            total += reward
+        results["score"].append(info["score"])
+        results["success"].append(info["success"])
+        results["return"].append(total)
+        results["length"].append(info["length"])
+        if film and first == 0:
+            frames = env.frames
+        env.close()
+    results = {name: np.concatenate(values) for name, values in results.items()}
+    return {**results, "frames": frames} if film else results
+
+
+def interval95(x: np.ndarray) -> tuple[float, float]:
+    """Normal 95 % interval of the mean, (low, high)."""
+    half = 1.96 * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else float("nan")
+    return float(x.mean() - half), float(x.mean() + half)
+
+
+def latency(policy: Policy, calls: int = 200) -> tuple[np.ndarray, int]:
+    """Milliseconds of single policy calls, batch 1, observation in and action out, after 20 warm-up calls; and the
+    number of network passes that one call was seen to make (NFE)."""
+    c = policy.config
+    obs = {key: np.zeros((1, c.obs_steps, *shape), np.float32) for key, shape in c.obs_shapes.items()}
+    passes = 0
+
+    def count(*_):
+        nonlocal passes
+        passes += 1
+
+    hook = policy.backbone.register_forward_hook(count)
+    policy.act(obs)
+    hook.remove()
+    generator, times = torch.Generator().manual_seed(0), []
+    for call in range(20 + calls):
+        start = time.perf_counter()
+        policy.act(obs, generator=generator).cpu()  # .cpu() waits for the device
+        if call >= 20:
+            times.append((time.perf_counter() - start) * 1e3)
+    return np.array(times), passes
+
+
+def report(policy: Policy, results: dict[str, np.ndarray], seed_start: int) -> dict:
+    """The numbers of a JSON line, from `rollout`'s results."""
+    times, nfe = latency(policy)
+    low, high = interval95(results["score"])
+    return {
+        "env": policy.config.env,
+        "episodes": len(results["score"]),
+        "seed_start": seed_start,
+        "score": round(float(results["score"].mean()), 4),
+        "score_ci95": [round(low, 4), round(high, 4)],
+        "success_rate": round(float(results["success"].mean()), 4),
+        "mean_return": round(float(results["return"].mean()), 3),
+        "latency_ms_p50": round(float(np.percentile(times, 50)), 3),
+        "latency_ms_p99": round(float(np.percentile(times, 99)), 3),
+        "nfe": nfe,
+        "parameters": sum(p.numel() for p in policy.parameters()),
+    }
+
+
+def write_gif(frames: list[list[np.ndarray]], path: str | Path, every: int = 2, fps: int = 20) -> None:
+    """Episodes next to each other; a finished one holds its last frame. frames[episode][step] (H, W, 3) uint8."""
+    import imageio.v3 as iio
+
+    length = max(len(f) for f in frames) + 10  # the end stays on for a moment
+    steps = [np.concatenate([f[min(t, len(f) - 1)] for f in frames], 1) for t in range(0, length, every)]
+    with plain_errors():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        iio.imwrite(path, np.stack(steps), extension=".gif", duration=1000 / fps, loop=0)
+
+
+def main() -> None:
+    cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
+    if cfg.episodes < 1:
+        raise UserError(f"--episodes is {cfg.episodes}; at least 1 is needed", 2)
+    with plain_errors(2):
+        device = torch.device(cfg.device)
+    policy = Policy.load(cfg.ckpt, device)
+    if cfg.env not in ("", policy.config.env):
+        raise UserError(f"{cfg.ckpt} was trained for {policy.config.env}, not for {cfg.env}; give the checkpoint of that task")
+    with plain_errors():
+        task = envs.get_task(policy.config.env)
+        start = time.perf_counter()
+        seeds = list(range(cfg.seed_start, cfg.seed_start + cfg.episodes))
+        results = rollout(policy, task, seeds, cfg.seed, cfg.zero_latent, film=bool(cfg.gif))
+    line = report(policy, results, cfg.seed_start)
+    if cfg.gif:
+        write_gif(results["frames"], cfg.gif)
+    if cfg.json:
+        print(json.dumps(line))
+        return
+    low, high = line["score_ci95"]
+    print(f"{cfg.ckpt}: {task.name}, {cfg.episodes} episodes from seed {cfg.seed_start}, {time.perf_counter() - start:.0f} s")
+    print(f"  score         {line['score']:.3f}   95 % interval [{low:.3f}, {high:.3f}]   ({task.score})")
+    print(f"  success rate  {line['success_rate']:.2f}    mean episode {results['length'].mean():.0f} steps")
+    print(
+        f"  one call      {line['latency_ms_p50']:.2f} ms p50, {line['latency_ms_p99']:.2f} ms p99, {line['nfe']} NFE, "
+        f"{line['parameters']:,} parameters, {device}"
+    )
+    if cfg.gif:
+        print(f"  film          {cfg.gif}")
+
+
+if __name__ == "__main__":
+    run_main(main)

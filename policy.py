@@ -1,0 +1,325 @@
+"""The one-step policy: a chunk of actions from an observation history and a latent, in ONE network call.
+
+Equations covered: (1), (6), (7), (18)-(24).
+
+    a_chunk = f_theta(o_hist, z),   z ~ N(0, I)                       Eqs. (1), (7), (20), (21)
+
+Symbols                                     shape
+    obs         dict of observations        {key: (B, To, ...)}   environment units
+    cond        o_hist after the encoder    (B, C)                C = To * features
+    z           latent                      (B, G, Tp, Da)        same size as the chunk
+    chunk       predicted actions           (B, G, Tp, Da)        normalised to [-1, 1]
+    G           hypotheses per observation; 1 when acting
+
+Both backbones have the signature (z, cond) -> chunk and work on cond once per observation, not once per hypothesis: with
+G = 4 that is three quarters of the condition network saved. DEPARTS the paper feeds a constant "generation index"; a network
+without that input computes the same functions. SILENT Table VIII lists a latent of 256 numbers, Eq. (7) one with the size of
+the chunk; ours has the size of the chunk, as released.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import UserError, load_checkpoint, save_checkpoint
+from encoders import StateEncoder
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """Everything that fixes the architecture. It travels in the checkpoint, so that loading needs nothing else."""
+
+    env: str  # task that it was trained for
+    obs_shapes: dict[str, tuple[int, ...]]  # shape of one step of each observation key
+    action_dim: int  # Da
+    obs_steps: int = 2  # To
+    horizon: int = 16  # Tp
+    action_steps: int = 8  # Ta
+    backbone: str = "mlp"  # "mlp" or "unet"
+    width: int = 384  # mlp: features of the residual stream
+    depth: int = 4  # mlp: residual blocks
+    channels: tuple[int, ...] = (512, 1024, 2048)  # unet: Table VIII
+    kernel_size: int = 5  # unet: Table VIII
+    cond_dim: int = 256  # unet: Table VIII
+    dropout: float = 0.1  # unet: Table VIII
+
+
+def check_horizons(obs_steps: int, horizon: int, action_steps: int) -> None:
+    """Eq. (23): 1 <= To <= Tp, Ta >= 1, To - 1 + Ta <= Tp. Raises ValueError otherwise."""
+    if not 1 <= obs_steps <= horizon:
+        raise ValueError(f"obs_steps is {obs_steps}; it must be between 1 and horizon = {horizon} (Eq. 23)")
+    if action_steps < 1 or obs_steps - 1 + action_steps > horizon:
+        raise ValueError(
+            f"action_steps is {action_steps}; with obs_steps = {obs_steps} and horizon = {horizon} it must be between 1 "
+            f"and {horizon - obs_steps + 1}, since obs_steps - 1 + action_steps <= horizon (Eq. 23)"
+        )
+
+
+class Normalizer(nn.Module):
+    """Min-max scaling to [-1, 1] per coordinate, stored with the policy (Diffusion Policy's convention).
+
+    A coordinate that is constant in the data is only centred: dividing by its zero range would amplify noise.
+    """
+
+    CONSTANT = 1e-4  # range below which a coordinate counts as constant (Diffusion Policy's value)
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(shape))
+        self.register_buffer("half_range", torch.ones(shape))
+
+    def fit(self, data: Tensor) -> None:
+        """data: (steps, *shape), finite, environment units."""
+        low, high = data.amin(0), data.amax(0)
+        half = (high - low) / 2
+        self.center.copy_((high + low) / 2)
+        self.half_range.copy_(torch.where(half < self.CONSTANT / 2, torch.ones_like(half), half))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.center) / self.half_range
+
+    def inverse(self, x: Tensor) -> Tensor:
+        return x * self.half_range + self.center
+
+
+# --- backbones: (z (B, G, Tp, Da), cond (B, C)) -> chunk (B, G, Tp, Da), Eqs. (19)-(20) -----------------------------------
+
+
+class ResidualMLP(nn.Module):
+    """Small backbone for state observations: h <- h + W2 GELU(W1 LayerNorm(h) + U c), `depth` times.
+
+    The observation enters every block through U c, computed once per observation (B rows, not B*G).
+    """
+
+    def __init__(self, horizon: int, action_dim: int, cond_dim: int, width: int, depth: int):
+        super().__init__()
+        chunk_dim = horizon * action_dim
+        self.embed_cond = nn.Sequential(nn.Linear(cond_dim, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.project_cond = nn.Linear(width, (depth + 1) * width)  # U of all blocks, and the entry: one product
+        self.embed_z = nn.Linear(chunk_dim, width, bias=False)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
+        self.first = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
+        self.second = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, chunk_dim))
+
+    def forward(self, z: Tensor, cond: Tensor) -> Tensor:
+        c = self.project_cond(self.embed_cond(cond)).unsqueeze(1)  #         (B, 1, (depth + 1) * width)
+        entry, *per_block = c.chunk(len(self.norms) + 1, -1)
+        h = self.embed_z(z.flatten(2)) + entry  #                            (B, G, width)
+        for norm, first, second, u in zip(self.norms, self.first, self.second, per_block, strict=True):
+            h = h + second(F.gelu(first(norm(h)) + u))
+        return self.head(h).view_as(z)  #                                    (B, G, Tp, Da)
+
+
+class FilmBlock(nn.Module):
+    """Two convolutions with GroupNorm and SiLU, the features between them scaled and shifted by the condition (FiLM)."""
+
+    def __init__(self, c_in: int, c_out: int, cond_dim: int, kernel_size: int, dropout: float):
+        super().__init__()
+        pad = kernel_size // 2
+        self.first = nn.Sequential(nn.Conv1d(c_in, c_out, kernel_size, padding=pad), nn.GroupNorm(8, c_out), nn.SiLU())
+        self.film = nn.Sequential(nn.SiLU(), nn.Linear(cond_dim, 2 * c_out))
+        self.second = nn.Sequential(
+            nn.Conv1d(c_out, c_out, kernel_size, padding=pad), nn.GroupNorm(8, c_out), nn.SiLU(), nn.Dropout(dropout)
+        )
+        self.skip = nn.Conv1d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x (B*G, c_in, L), cond (B, cond_dim) -> (B*G, c_out, L)."""
+        film = self.film(cond).unsqueeze(-1).repeat_interleave(len(x) // len(cond), 0)  # projected B times, then repeated
+        scale, shift = film.chunk(2, 1)
+        return self.second(self.first(x) * (1 + scale) + shift) + self.skip(x)
+
+
+class SelfAttention(nn.Module):
+    """Residual self-attention over the L steps, at the middle resolution only (Table VIII)."""
+
+    def __init__(self, channels: int, heads: int = 8):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.out = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x)).unflatten(1, (3, self.heads, -1)).transpose(-1, -2)  # (B*G, 3, heads, L, C/heads)
+        attended = F.scaled_dot_product_attention(*qkv.unbind(1))
+        return x + self.out(attended.transpose(-1, -2).flatten(1, 2))
+
+
+class ConditionalUNet1D(nn.Module):
+    """The paper's generator: a U-Net along the chunk, conditioned by FiLM (Table VIII).
+
+    DEPARTS the released network has Mish, no dropout, no attention, and FiLM from the raw condition vector; this is
+    the paper's. SILENT the paper gives no order of the layers; ours is two blocks per resolution, as in Diffusion Policy.
+    """
+
+    def __init__(self, action_dim: int, cond_dim: int, config: PolicyConfig):
+        super().__init__()
+        channels, embed = config.channels, config.cond_dim
+
+        def block(c_in: int, c_out: int) -> FilmBlock:
+            return FilmBlock(c_in, c_out, embed, config.kernel_size, config.dropout)
+
+        self.embed_cond = nn.Sequential(nn.Linear(cond_dim, embed), nn.SiLU(), nn.Linear(embed, embed))
+        levels = list(zip((action_dim, *channels[:-1]), channels, strict=True))  # (channels in, channels out), fine to coarse
+        self.down = nn.ModuleList(nn.ModuleList([block(i, o), block(o, o)]) for i, o in levels)
+        self.shrink = nn.ModuleList(nn.Conv1d(o, o, 3, stride=2, padding=1) for _, o in levels[:-1])
+        self.middle = nn.ModuleList([block(channels[-1], channels[-1]), block(channels[-1], channels[-1])])
+        self.attention = SelfAttention(channels[-1])
+        self.up = nn.ModuleList(nn.ModuleList([block(2 * o, i), block(i, i)]) for i, o in reversed(levels[1:]))
+        self.grow = nn.ModuleList(nn.ConvTranspose1d(i, i, 4, stride=2, padding=1) for i, _ in reversed(levels[1:]))
+        self.head = nn.Sequential(
+            nn.Conv1d(channels[0], channels[0], config.kernel_size, padding=config.kernel_size // 2),
+            nn.GroupNorm(8, channels[0]),
+            nn.SiLU(),
+            nn.Conv1d(channels[0], action_dim, 1),
+        )
+
+    def forward(self, z: Tensor, cond: Tensor) -> Tensor:
+        c = self.embed_cond(cond)  #                                         (B, 256)
+        h = z.flatten(0, 1).transpose(1, 2)  #                               (B*G, Da, Tp)
+        skips = []
+        for level, (one, two) in enumerate(self.down):
+            h = two(one(h, c), c)
+            skips.append(h)
+            if level < len(self.shrink):
+                h = self.shrink[level](h)  #                                 halves the length
+        one, two = self.middle
+        h = two(self.attention(one(h, c)), c)
+        for (one, two), grow in zip(self.up, self.grow, strict=True):
+            h = grow(two(one(torch.cat([h, skips.pop()], 1), c), c))
+        return self.head(h).transpose(1, 2).view_as(z)  #                    (B, G, Tp, Da)
+
+
+def make_backbone(config: PolicyConfig, cond_dim: int) -> nn.Module:
+    if config.backbone == "mlp":
+        return ResidualMLP(config.horizon, config.action_dim, cond_dim, config.width, config.depth)
+    if config.backbone == "unet":
+        factor = 2 ** (len(config.channels) - 1)
+        if config.horizon % factor:
+            raise ValueError(
+                f"horizon is {config.horizon}; this U-Net halves it {len(config.channels) - 1} times, so it must "
+                f"be a multiple of {factor}"
+            )
+        return ConditionalUNet1D(config.action_dim, cond_dim, config)
+    raise ValueError(f"backbone is {config.backbone!r}; it must be mlp or unet")
+
+
+# --- the policy -------------------------------------------------------------------------------------------------------
+
+
+class Policy(nn.Module):
+    """pi_theta(. | o): the pushforward of z ~ N(0, I) through one network call, Eqs. (1), (7), (20)-(22).
+
+    Holds the normaliser, the encoder and the backbone; what it takes and gives is in the environment's units.
+    """
+
+    def __init__(self, config: PolicyConfig):
+        super().__init__()
+        check_horizons(config.obs_steps, config.horizon, config.action_steps)
+        self.config = config
+        self.normalize_obs = nn.ModuleDict({key: Normalizer(shape) for key, shape in config.obs_shapes.items()})
+        self.normalize_action = Normalizer((config.action_dim,))
+        self.encoder = StateEncoder(config.obs_shapes)
+        self.backbone = make_backbone(config, config.obs_steps * self.encoder.feature_dim)
+
+    def fit_normalizers(self, obs: Mapping[str, np.ndarray], actions: np.ndarray) -> None:
+        """obs {key: (N, *shape)}, actions (N, Da): all steps of the demonstrations, environment units."""
+        for key, values in obs.items():
+            self.normalize_obs[key].fit(torch.from_numpy(values))
+        self.normalize_action.fit(torch.from_numpy(actions))
+
+    def encode(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """o_hist of Eqs. (6), (18): obs {key: (B, To, *shape)}, environment units -> cond (B, C)."""
+        normalized = {key: self.normalize_obs[key](obs[key]) for key in self.config.obs_shapes}
+        return self.encoder(normalized).flatten(1)
+
+    def forward(self, obs: Mapping[str, Tensor], z: Tensor) -> Tensor:
+        """Eqs. (7), (24): G chunks per observation. z (B, G, Tp, Da) -> (B, G, Tp, Da), normalised actions."""
+        return self.backbone(z, self.encode(obs))
+
+    @torch.no_grad()
+    def act(
+        self,
+        obs: Mapping[str, Tensor | np.ndarray],
+        z: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The executed prefix of one chunk, Eq. (22), in exactly one forward pass.
+
+        Args: obs {key: (B, To, *shape)}, arrays or tensors, environment units; z (B, Tp, Da): the latent, drawn from N(0, I)
+            with `generator` (a CPU generator) if None; zeros give the centre, which scores lower on multimodal tasks.
+        Returns: (B, Ta, Da), environment units, on the policy's device: chunk indices To-1 ... To-1+Ta-1.
+        Raises: ValueError for a missing key or a shape that does not fit.
+        """
+        c = self.config
+        device = self.normalize_action.center.device
+        tensors = {}
+        for key, shape in c.obs_shapes.items():
+            if key not in obs:
+                raise ValueError(f"the observation lacks {key!r}; this policy needs {list(c.obs_shapes)}")
+            tensors[key] = torch.as_tensor(obs[key], dtype=torch.float32, device=device)
+            if tensors[key].shape[1:] != (c.obs_steps, *shape):
+                raise ValueError(f"obs[{key!r}] has shape {tuple(tensors[key].shape)}; it must be (B, {c.obs_steps}, {shape})")
+        batch = len(next(iter(tensors.values())))
+        if z is None:
+            z = torch.randn(batch, c.horizon, c.action_dim, generator=generator)
+        if z.shape != (batch, c.horizon, c.action_dim):
+            raise ValueError(f"z has shape {tuple(z.shape)}; it must be {(batch, c.horizon, c.action_dim)}")
+        chunk = self(tensors, z.to(device).unsqueeze(1))[:, 0]  #            (B, Tp, Da)
+        prefix = chunk[:, c.obs_steps - 1 : c.obs_steps - 1 + c.action_steps]  # Eq. (22)   (B, Ta, Da)
+        return self.normalize_action.inverse(prefix.float())
+
+    def state(self) -> dict:
+        """Plain values and tensors from which `from_state` builds the same policy."""
+        return {"config": dataclasses.asdict(self.config), "weights": self.state_dict()}
+
+    @classmethod
+    def from_state(cls, state: dict) -> Policy:
+        """Raises UserError where configuration and weights do not belong together."""
+        try:
+            policy = cls(PolicyConfig(**state["config"]))
+            policy.load_state_dict(state["weights"], strict=True)
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise UserError(f"the checkpoint's policy does not fit this version of the project: {error}") from error
+        return policy
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint that `Policy.load` and evaluate.py read. Atomic: see common.save_checkpoint."""
+        save_checkpoint({"policy": self.state()}, path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Policy:
+        """Read a policy, from a deployment checkpoint or from a training state (its averaged policy), ready to act."""
+        content = load_checkpoint(path, device)
+        if "policy" not in content:
+            raise UserError(f"{path} holds no policy, only {', '.join(content)}.")
+        return cls.from_state(content["policy"]).to(device).eval()
+
+
+class EMA:
+    """Moving average of the weights: decay 1 - (1 + t)^-power, at most max_decay (Diffusion Policy's power form).
+
+    The average forgets the first steps quickly and becomes long as training goes on. `policy` is the averaged copy: it is
+    the one that is evaluated and saved. SILENT the paper gives decay 0.9999 and power 0.75, not the formula.
+    """
+
+    def __init__(self, policy: Policy, power: float = 0.75, max_decay: float = 0.9999):
+        self.policy = copy.deepcopy(policy).eval().requires_grad_(False)
+        self.power, self.max_decay = power, max_decay
+        self._pairs = list(self.policy.parameters()), list(policy.parameters())
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """step: optimiser steps done before this one, from 0 (the first update copies the weights)."""
+        decay = min(self.max_decay, 1 - (1 + step) ** -self.power)
+        torch._foreach_lerp_(self._pairs[0], self._pairs[1], 1 - decay)
