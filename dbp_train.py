@@ -88,8 +88,10 @@ class Config:
     horizon: int = 16  # Tp; Table VII
     action_steps: int = 8  # Ta; Table VII
     backbone: Literal["mlp", "unet"] = "mlp"  # mlp: residual MLP; unet: conditional U-Net 1D of Table VIII
-    width: int = 256  # features of the mlp
-    depth: int = 3  # residual blocks of the mlp
+    cond_width: int = 512  # mlp: features of the observation trunk, which runs once per observation
+    cond_depth: int = 2  # mlp: its residual blocks
+    width: int = 256  # mlp: features of the chunk trunk, which runs G times per observation
+    depth: int = 2  # mlp: its residual blocks
 
     eval_every: int = 2_000  # steps between evaluations; the best by score is kept
     eval_episodes: int = 50  # episodes of such an evaluation, starts from seed 50,000 on
@@ -99,7 +101,7 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "fast": {},
-    "best": {"steps": 12_000, "width": 384, "depth": 4},
+    "best": {"steps": 20_000},
     "paper": {
         "steps": 75_600,  # 100 epochs of 24,208 windows in batches of 32
         "batch_size": 32,
@@ -126,6 +128,7 @@ def check(cfg: Config) -> None:
         "steps",
         "batch_size",
         "hypotheses",
+        "cond_width",
         "width",
         "depth",
         "eval_every",
@@ -297,6 +300,8 @@ def main() -> None:
                 horizon=cfg.horizon,
                 action_steps=cfg.action_steps,
                 backbone=cfg.backbone,
+                cond_width=cfg.cond_width,
+                cond_depth=cfg.cond_depth,
                 width=cfg.width,
                 depth=cfg.depth,
             )
