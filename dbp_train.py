@@ -90,7 +90,7 @@ class Config:
     backbone: Literal["mlp", "unet"] = "mlp"  # mlp: residual MLP; unet: conditional U-Net 1D of Table VIII
     cond_width: int = 512  # mlp: features of the observation trunk, which runs once per observation
     cond_depth: int = 2  # mlp: its residual blocks
-    width: int = 256  # mlp: features of the chunk trunk, which runs G times per observation
+    width: int = 128  # mlp: features of the chunk trunk, which runs G times per observation
     depth: int = 2  # mlp: its residual blocks
 
     eval_every: int = 2_000  # steps between evaluations; the best by score is kept

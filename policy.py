@@ -46,7 +46,7 @@ class PolicyConfig:
     backbone: str = "mlp"  # "mlp" or "unet"
     cond_width: int = 512  # mlp: features of the observation trunk
     cond_depth: int = 2  # mlp: its residual blocks
-    width: int = 256  # mlp: features of the chunk trunk
+    width: int = 128  # mlp: features of the chunk trunk
     depth: int = 2  # mlp: its residual blocks
     channels: tuple[int, ...] = (512, 1024, 2048)  # unet: Table VIII
     kernel_size: int = 5  # unet: Table VIII

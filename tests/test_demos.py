@@ -1,0 +1,282 @@
+"""demos.py: windows against a naive loop, the readers, broken files, sources without a network."""
+
+import io
+import pickle
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numcodecs
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import demos
+import envs
+
+TASK = envs.TASKS["pusht"]
+
+
+def load(path: Path | str) -> demos.Demos:
+    return demos.load(str(path), "pusht", TASK.demo_arrays, TASK.demo_convert)
+
+
+def write_zarr(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    """Diffusion Policy's layout and compression, in pieces of 10 rows, with an array that nobody asks for."""
+    blosc = numcodecs.Blosc(cname="zstd", clevel=5, shuffle=2)
+    root = zarr.open_group(str(path), mode="w", zarr_format=2)
+    for name, array in {**arrays, "img": np.ones((len(arrays["state"]), 2, 2, 3), np.float32)}.items():
+        where = "meta/episode_ends" if name == "episode_ends" else f"data/{name}"
+        chunks = (10, *array.shape[1:])
+        node = root.create_array(where, shape=array.shape, chunks=chunks, dtype=array.dtype, compressors=blosc)
+        node[:] = array
+    return path
+
+
+def zip_folder(folder: Path, path: Path, inside: str = "") -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for item in sorted(folder.rglob("*")):
+            if item.is_file():
+                file.write(item, inside + item.relative_to(folder).as_posix())
+    return path
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("horizons", [(2, 16, 8), (1, 4, 4), (3, 8, 6), (4, 4, 1), (1, 1, 1), (2, 5, 3)], ids=str)
+def test_windows_equal_a_naive_loop(horizons):
+    To, Tp, Ta = horizons
+    lengths = [20, 9, 1, 33]  # the third is so short that padding alone has to fill its windows, if it has any
+    ends = np.cumsum(lengths)
+    steps = np.arange(ends[-1], dtype=np.float32)  # every step is known by its number
+    data = demos.Demos({"a": steps[:, None], "b": -steps[:, None, None]}, steps[:, None] + 0.5, ends, "numbers")
+    expected = []
+    for start, end in zip(ends - lengths, ends, strict=True):
+        padded = [start] * (To - 1) + list(range(start, end)) + [end - 1] * (Ta - 1)  # Diffusion Policy's padding
+        expected += [padded[i : i + Tp] for i in range(len(padded) - Tp + 1)]
+    windows = demos.Windows(data, To, Tp, Ta)
+    assert len(windows) == len(expected) == sum(max(0, L - Tp + (To - 1) + (Ta - 1) + 1) for L in lengths)
+    obs, chunk = windows[torch.arange(len(windows))]
+    expected = torch.tensor(expected, dtype=torch.float32)
+    assert torch.equal(chunk, expected.unsqueeze(-1) + 0.5)
+    assert torch.equal(obs["a"], expected[:, :To, None])
+    assert torch.equal(obs["b"], -expected[:, :To, None, None])
+
+
+def test_windows_of_episodes_that_are_all_too_short():
+    data = demos.Demos({"a": np.zeros((6, 1), np.float32)}, np.zeros((6, 1), np.float32), np.array([3, 6]), "short file")
+    with pytest.raises(ValueError, match=r"short file.*16 steps"):
+        demos.Windows(data, 2, 16, 8)
+
+
+# --- readers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["npz", "zarr folder", "zip at its root", "zip in a folder"])
+def test_every_format_gives_the_same_demonstrations(form, pusht_arrays, tmp_path):
+    folder = write_zarr(tmp_path / "replay.zarr", pusht_arrays)
+    path = {
+        "npz": lambda: write_npz(tmp_path / "replay.npz", pusht_arrays),
+        "zarr folder": lambda: folder,
+        "zip at its root": lambda: zip_folder(folder, tmp_path / "root.zip"),
+        "zip in a folder": lambda: zip_folder(folder, tmp_path / "nested.zip", "pusht/pusht_cchi_v7_replay.zarr/"),
+    }[form]()
+    data = load(path)
+    assert data.episode_ends.tolist() == [40, 65, 98]
+    np.testing.assert_array_equal(data.actions, pusht_arrays["action"])
+    state = pusht_arrays["state"].astype(np.float64)
+    np.testing.assert_array_equal(data.obs["state"], envs.pusht_state(state[:, :2], state[:, 2:]).astype(np.float32))
+    assert str(path) in data.source
+
+
+def test_demonstrations_that_come_with_the_project_end_with_the_block_on_its_goal():
+    data = load("embedded")
+    goal = envs.pusht_state(np.zeros((1, 2)), np.array([[256, 256, np.pi / 4]]))[:, :18]
+    ends = data.obs["state"][data.episode_ends - 1, :18]
+    miss = np.linalg.norm((ends - goal).reshape(-1, 9, 2), axis=-1).mean(1)  # pixels; at most 11 in the published data
+    assert miss.max() < 25
+
+
+# --- broken files -----------------------------------------------------------------------------------------------------
+
+
+def broken(arrays: dict[str, np.ndarray], name: str, change) -> dict[str, np.ndarray]:
+    array = arrays[name].copy()
+    return arrays | {name: change(array)}
+
+
+def with_nan(array: np.ndarray) -> np.ndarray:
+    array[17, 1] = np.nan
+    return array
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("action", with_nan, "NaN or infinity at step 17"),
+        ("state", with_nan, "NaN or infinity at step 17"),
+        ("state", lambda a: a[:, :4], r"state has shape \(98, 4\)"),
+        ("action", lambda a: a[:, :1], r"action has shape \(98, 1\)"),
+        ("action", lambda a: a[:, 0], r"action has shape \(98,\)"),
+        ("state", lambda a: a[:-3], "95 steps"),
+        ("action", lambda a: a[:-3], "episode_ends"),
+        ("episode_ends", lambda a: a[:-1], "episode_ends.*98.*the last 65"),
+        ("episode_ends", lambda a: a[[1, 0, 2]], "episode_ends must rise"),
+        ("episode_ends", lambda a: np.array([40, 40, 98]), "episode_ends must rise"),
+        ("episode_ends", lambda a: np.array([0, 40, 98]), "episode_ends must rise"),
+        ("episode_ends", lambda a: np.array([40, 65, 120]), "episode_ends.*98.*120"),
+        ("episode_ends", lambda a: a[:0], "episode_ends.*0 values"),
+        ("episode_ends", lambda a: np.array(98), "episode_ends"),
+    ],
+)
+def test_wrong_contents_are_named(name, change, words, pusht_arrays, tmp_path):
+    path = write_npz(tmp_path / "demos.npz", broken(pusht_arrays, name, change))
+    with pytest.raises(ValueError, match=words) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["state", "action", "episode_ends"])
+@pytest.mark.parametrize("form", ["npz", "zarr"])
+def test_missing_arrays_are_named(form, missing, pusht_arrays, tmp_path):
+    arrays = {name: array for name, array in pusht_arrays.items() if name != missing}
+    if form == "npz":
+        path = write_npz(tmp_path / "demos.npz", arrays)
+    else:
+        root = write_zarr(tmp_path / "demos.zarr", pusht_arrays)
+        del zarr.open_group(str(root))[f"{'meta' if missing == 'episode_ends' else 'data'}/{missing}"]
+        path = root
+    with pytest.raises(ValueError, match=missing):
+        load(path)
+
+
+def test_paths_that_cannot_be_demonstrations(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.npz.*--demos"):
+        load(tmp_path / "nowhere.npz")
+    (tmp_path / "demos.pkl").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"unknown format '\.pkl'.*\.npz"):
+        load(tmp_path / "demos.pkl")
+    with pytest.raises(ValueError, match="no_such_task has no embedded"):
+        demos.load("embedded", "no_such_task", TASK.demo_arrays, TASK.demo_convert)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
+@pytest.mark.parametrize("form", ["npz", "zip"])
+def test_truncated_files_are_refused(form, kept, pusht_arrays, tmp_path):
+    if form == "npz":
+        path = write_npz(tmp_path / "demos.npz", pusht_arrays)
+    else:
+        path = zip_folder(write_zarr(tmp_path / "replay.zarr", pusht_arrays), tmp_path / "demos.zip")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    with pytest.raises(ValueError, match=f"demos.{form} is not a whole"):
+        load(path)
+
+
+@pytest.mark.parametrize("lost", ["data/state/1.0", "data/action/9.0", "meta/episode_ends/0"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_lost_piece_of_a_zarr_store_is_not_read_as_zeros(lost, zipped, pusht_arrays, tmp_path):
+    path = write_zarr(tmp_path / "replay.zarr", pusht_arrays)
+    (path / lost).unlink()
+    if zipped:
+        path = zip_folder(path, tmp_path / "replay.zip")
+    with pytest.raises(ValueError, match=r"replay\.z.* is not a whole replay buffer"):
+        load(path)
+
+
+@pytest.mark.parametrize("bytes_lost", [1, 20, 60])
+def test_a_cut_piece_of_a_zarr_store_is_refused(bytes_lost, pusht_arrays, tmp_path):
+    # Blosc, the compression of the published data, decodes a cut piece to whatever lies in memory behind it.
+    path = write_zarr(tmp_path / "replay.zarr", pusht_arrays)
+    piece = path / "data/action/2.0"
+    piece.write_bytes(piece.read_bytes()[:-bytes_lost])
+    with pytest.raises(ValueError, match="is not a whole replay buffer"):
+        load(path)
+
+
+def test_a_lost_piece_of_an_array_that_is_not_read_does_no_harm(pusht_arrays, tmp_path):
+    path = write_zarr(tmp_path / "replay.zarr", pusht_arrays)
+    (path / "data/img/0.0.0.0").unlink()
+    assert len(load(path).actions) == 98
+
+
+class Trap:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_is_unpickled(pusht_arrays, tmp_path):
+    sprung = tmp_path / "sprung"
+    array = np.array([Trap(sprung)] * 98, dtype=object)
+    np.savez(tmp_path / "demos.npz", **(pusht_arrays | {"action": array}))
+    with pytest.raises(ValueError, match=r"demos\.npz"):
+        load(tmp_path / "demos.npz")
+    (tmp_path / "raw.npz").write_bytes(pickle.dumps(Trap(sprung)))
+    with pytest.raises(ValueError, match=r"raw\.npz"):
+        load(tmp_path / "raw.npz")
+    assert not sprung.exists()
+
+
+# --- the published archive --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data_folder(tmp_path, monkeypatch) -> Path:
+    """An empty data folder in place of the project's, and no network."""
+
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(demos, "DATA", tmp_path / "data")
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    return tmp_path / "data"
+
+
+def files(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.is_file()]
+
+
+def test_without_a_network_the_remedy_is_named_and_nothing_stays(data_folder):
+    with pytest.raises(OSError, match=r"name resolution.*--demos embedded"):
+        load("official")
+    assert files(data_folder) == []
+
+
+class Response(io.BytesIO):
+    def __init__(self, content: bytes, size: int):
+        super().__init__(content)
+        self.headers = {"Content-Length": str(size)}
+
+
+def test_a_download_that_breaks_off_leaves_nothing(data_folder, monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: Response(b"x" * 1000, 5000))
+    with pytest.raises(OSError, match="1000 of 5000 bytes"):
+        load("official")
+    assert files(data_folder) == []
+
+
+def test_a_download_is_verified_by_its_counts(data_folder, monkeypatch, pusht_arrays, tmp_path):
+    archive = zip_folder(write_zarr(tmp_path / "replay.zarr", pusht_arrays), tmp_path / "other.zip", "pusht/replay.zarr/")
+    content = archive.read_bytes()
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: Response(content, len(content)))
+    with pytest.raises(ValueError, match=r"3 episodes and 98 steps.*206.*25,?_?650"):
+        load("official")
+    # With the counts of what was sent, the same archive is taken, and read from the disk the second time.
+    source = demos.Source("pusht.npz", demos.SOURCES["pusht"].official_url, 3, 98)
+    monkeypatch.setitem(demos.SOURCES, "pusht", source)
+    first = load("official")
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("downloaded again"))
+    np.testing.assert_array_equal(load("official").actions, first.actions)

@@ -1,0 +1,153 @@
+"""envs.py: Push-T against gym-pusht's own environment, step by step; observation, limits, history, film."""
+
+import os
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+pusht = pytest.importorskip("gym_pusht.envs.pusht")
+
+import envs
+
+TO = 2
+SEEDS = [100_000, 7, 50_003]
+
+
+def make(num_envs: int = 1, obs_steps: int = TO):
+    return envs.get_task("pusht").make(num_envs, obs_steps)
+
+
+def pushes(rng: np.random.Generator, agent: np.ndarray, block: np.ndarray, steps: int) -> np.ndarray:
+    """Targets around the block, so that the agent runs into it. (steps, 2) pixels, float32."""
+    path = np.linspace(agent, block + rng.normal(0, 30, 2), steps)
+    return (path + rng.normal(0, 10, (steps, 2))).astype(np.float32)
+
+
+def put_block_on_goal(table) -> None:
+    table.block.angle = table.goal_pose[2]
+    table.block.position = tuple(table.goal_pose[:2])
+    table.agent.position = (50, 50)
+
+
+def test_chunks_equal_gym_pusht_step_by_step():
+    ours, theirs = make(3), [pusht.PushTEnv(obs_type="state") for _ in SEEDS]
+    obs = ours.reset(SEEDS)
+    states = [table.reset(seed=seed)[0] for table, seed in zip(theirs, SEEDS, strict=True)]
+    starts = np.array(states)
+    np.testing.assert_array_equal(obs["state"][:, -1], envs.pusht_state(starts[:, :2], starts[:, 2:]).astype(np.float32))
+    rng, best = np.random.default_rng(0), [0.0] * 3
+    for _ in range(12):
+        chunks = np.stack([pushes(rng, state[:2], state[2:4], 8) for state in states])
+        obs, reward, done, info = ours.step(chunks)
+        for i, table in enumerate(theirs):
+            rewards = []
+            for action in chunks[i]:
+                states[i], step_reward, terminated, _, step_info = table.step(action.astype(np.float64))
+                rewards.append(step_reward)
+            assert np.array_equal(ours.tables[i].get_obs(), states[i])  # bit for bit, whatever the contacts
+            assert ours.tables[i]._get_coverage() == step_info["coverage"]
+            best[i] = max(best[i], *rewards)
+            assert reward[i] == sum(rewards)
+            assert info["score"][i] == best[i]
+            assert done[i] == info["success"][i] == terminated
+        now = np.array(states)
+        np.testing.assert_array_equal(obs["state"][:, -1], envs.pusht_state(now[:, :2], now[:, 2:]).astype(np.float32))
+    assert (np.abs(now - starts)[:, 2:4].max(1) > 5).all()  # every block was pushed: the parity is one of contacts too
+    assert max(best) > 0
+
+
+def test_success_ends_the_episode_in_the_middle_of_a_chunk():
+    ours, theirs = make(2), pusht.PushTEnv(obs_type="state")
+    ours.reset([1, 2])
+    theirs.reset(seed=1)
+    put_block_on_goal(ours.tables[0])
+    put_block_on_goal(theirs)
+    action = np.array([60, 60], np.float32)
+    state, step_reward, terminated, *_ = theirs.step(action.astype(np.float64))
+    assert terminated
+    _, reward, done, info = ours.step(np.broadcast_to(action, (2, 8, 2)))
+    assert done.tolist() == info["success"].tolist() == [True, False]
+    assert info["length"].tolist() == [1, 8]
+    assert info["score"][0] == reward[0] == step_reward == 1
+    assert np.array_equal(ours.tables[0].get_obs(), state)  # the other seven actions were not executed
+
+
+def test_keypoints_of_a_known_pose():
+    # A quarter turn takes (x, y) to (-y, x). The first keypoint in the T's frame is (9.26979, 90.04097).
+    state = envs.pusht_state(np.array([[10.0, 20.0], [10.0, 20.0]]), np.array([[100, 200, np.pi / 2], [100, 200, 0]]))
+    np.testing.assert_allclose(state[0, :2], [100 - 90.04097, 200 + 9.26979], atol=1e-9)
+    np.testing.assert_allclose(state[1, :2], [100 + 9.26979, 200 + 90.04097], atol=1e-9)
+    np.testing.assert_allclose(state[:, 18:], [[10, 20], [10, 20]])
+
+
+def test_keypoints_lie_on_the_simulators_block():
+    # Some of the published keypoints are corners of the T, and stand out by a pixel or two.
+    import shapely.geometry
+
+    env = make(len(SEEDS))
+    obs = env.reset(SEEDS)["state"][:, -1]
+    for table, state in zip(env.tables, obs, strict=True):
+        block = pusht.pymunk_to_shapely(table.block, table.block.shapes)
+        distances = [block.distance(shapely.geometry.Point(*point)) for point in state[:18].reshape(9, 2)]
+        assert max(distances) < 3, distances
+        np.testing.assert_allclose(state[18:], np.array(table.agent.position), rtol=1e-6)
+
+
+def test_reset_repeats_the_first_observation_and_follows_the_seed():
+    env = make(2, obs_steps=3)
+    first = env.reset([5, 6])["state"]
+    assert first.shape == (2, 3, 20)
+    assert (first == first[:, :1]).all()
+    env.step(np.full((2, 4, 2), 250, np.float32))
+    again = env.reset([5, 7])["state"]
+    assert np.array_equal(again[0], first[0])
+    assert not np.array_equal(again[1], first[1])
+
+
+def test_history_holds_the_last_states():
+    seen, steps = make(1, obs_steps=3), make(1, obs_steps=1)
+    seen.reset([3])
+    states = [steps.reset([3])["state"][0, 0]]
+    actions = np.array([[[300, 300], [310, 280], [250, 260], [240, 200], [200, 220]]], np.float32)
+    states += [steps.step(actions[:, t : t + 1])[0]["state"][0, 0] for t in range(5)]
+    assert np.array_equal(seen.step(actions[:, :1])[0]["state"][0], np.array([states[0], states[0], states[1]]))
+    assert np.array_equal(seen.step(actions[:, 1:])[0]["state"][0], np.array(states[3:6]))
+
+
+def test_an_episode_ends_after_300_steps_and_stays_ended():
+    env = make(1)
+    env.reset([11])
+    put_block_on_goal(env.tables[0])
+    env.tables[0].block.position = (240, 256)  # near the goal, so that pushing it about makes the reward rise and fall
+    rng, rewards, scores = np.random.default_rng(0), [], []
+    for chunk in range(1, 40):
+        start, block = np.array(env.tables[0].agent.position), np.array(env.tables[0].block.position)
+        _, reward, done, info = env.step(pushes(rng, start, block, 8)[None])
+        rewards.append(reward[0])
+        scores.append(info["score"][0])
+        assert info["length"][0] == min(8 * chunk, 300)
+        assert done[0] == (chunk >= 38)  # 37 chunks are 296 steps
+    assert rewards[38] == 0 and not info["success"][0]
+    assert (np.diff(rewards) < 0).any() and (np.diff(scores) >= 0).all()
+    assert max(rewards) / 8 <= scores[-1] < 1  # the largest reward of a step, not of a chunk
+    state = env.tables[0].get_obs()
+    env.step(np.full((1, 8, 2), 400, np.float32))
+    assert np.array_equal(env.tables[0].get_obs(), state)
+
+
+def test_the_film_has_one_picture_per_step_of_the_chosen_episodes():
+    env = make(3)
+    env.record([0, 2])
+    env.reset([1, 2, 3])
+    put_block_on_goal(env.tables[2])
+    env.step(np.full((3, 4, 2), 60, np.float32))
+    assert [len(frames) for frames in env.frames] == [5, 2]  # the reset, and every step until the end of the episode
+    first, last = env.frames[0][0], env.frames[0][-1]
+    assert first.dtype == np.uint8 and first.shape[-1] == 3
+    assert (first != last).any()
+
+
+def test_an_unknown_task_is_named():
+    with pytest.raises(ValueError, match=r"'pushy'.*pusht"):
+        envs.get_task("pushy")
