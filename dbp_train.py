@@ -72,7 +72,7 @@ class Config:
     steps: int = 8_000  # gradient steps
     batch_size: int = 128  # B, observations per step, over all processes
     hypotheses: int = 4  # G; Table VII: 4
-    temperatures: tuple[float, ...] = (0.1,)  # T; Table VII: 0.2 for Push-T
+    temperatures: tuple[float, ...] = (0.2,)  # T; Table VII: 0.2 for Push-T
     stepwise: bool = False  # step-wise instead of chunk mode, Eq. (11)
 
     lr: float = 1e-3  # peak learning rate of AdamW
@@ -84,9 +84,12 @@ class Config:
     ema_power: float = 0.75  # averaged weights: decay 1 - (1 + t)^-power; Table VII
     ema_max_decay: float = 0.9999  # ... at most this; Table VII
 
+    obs_noise: float = 0.02  # std of the noise on observations in training, in halves of each coordinate's range; paper: none
+
     obs_steps: int = 2  # To; Table VII
     horizon: int = 16  # Tp; Table VII
     action_steps: int = 8  # Ta; Table VII
+    latent_scale: float = 0.7  # std of the latents when acting; Eq. (7): 1
     backbone: Literal["mlp", "unet"] = "mlp"  # mlp: residual MLP; unet: conditional U-Net 1D of Table VIII
     cond_width: int = 512  # mlp: features of the observation trunk, which runs once per observation
     cond_depth: int = 2  # mlp: its residual blocks
@@ -105,11 +108,12 @@ PRESETS: dict[str, dict] = {
     "paper": {
         "steps": 75_600,  # 100 epochs of 24,208 windows in batches of 32
         "batch_size": 32,
-        "temperatures": (0.2,),
         "lr": 1e-4,  # lost in our copy of the paper; released: 1e-4
         "lr_schedule": "constant",
         "warmup": 500,
         "betas": (0.95, 0.999),
+        "obs_noise": 0.0,
+        "latent_scale": 1.0,
         "backbone": "unet",
         "eval_every": 7_560,
     },
@@ -144,7 +148,7 @@ def check(cfg: Config) -> None:
     for name in ("lr", "grad_clip", "ema_power"):
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0", 2)
-    for name in ("warmup", "weight_decay", "seed"):
+    for name in ("warmup", "weight_decay", "obs_noise", "latent_scale", "seed"):
         if getattr(cfg, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must not be negative", 2)
 
@@ -299,6 +303,7 @@ def main() -> None:
                 obs_steps=cfg.obs_steps,
                 horizon=cfg.horizon,
                 action_steps=cfg.action_steps,
+                latent_scale=cfg.latent_scale,
                 backbone=cfg.backbone,
                 cond_width=cfg.cond_width,
                 cond_depth=cfg.cond_depth,
@@ -371,6 +376,10 @@ def main() -> None:
         save_checkpoint(content, out / "state.pt")
 
     # ---- loop: collect, update, log, evaluate, save -------------------------------------------------------------------
+    def noise(key: str) -> torch.Tensor:  # of the whole minibatch, as the latents below
+        draw = torch.randn(cfg.batch_size, cfg.obs_steps, *task.obs_shapes[key], generator=generator)[share]
+        return cfg.obs_noise * policy.normalize_obs[key].half_range.cpu() * draw
+
     share = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)  # of the minibatch, for this process
     bar = tqdm(total=cfg.steps, initial=step, disable=not first, unit="step", smoothing=0.05, dynamic_ncols=True)
     shown: dict[str, str] = {}
@@ -380,6 +389,8 @@ def main() -> None:
         which = torch.randint(len(windows), (cfg.batch_size,), generator=generator)[share]
         z = torch.randn(cfg.batch_size, cfg.hypotheses, cfg.horizon, task.action_dim, generator=generator)[share]
         obs, chunk = windows[which.to(device)]
+        if cfg.obs_noise:  # DEPARTS a little noise on the observation: with few demonstrations it is worth more than more steps
+            obs = {key: value + noise(key).to(device) for key, value in obs.items()}
         expert = policy.normalize_action(chunk).unsqueeze(1)  #                    (B, 1, Tp, Da)
 
         # Lines 3-7: hypotheses (24), drift and regression (25)-(40).

@@ -48,23 +48,23 @@ def pairwise_distance(x: Tensor, references: Tensor) -> Tensor:
     return torch.cdist(x, references, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def global_scale(d: Tensor, w: Tensor, reduce: Reduce | None = None) -> Tensor:
+def global_scale(d: Tensor, w: Tensor | None = None, reduce: Reduce | None = None) -> Tensor:
     """Eq. (29): s = mean(d * w) / mean(w), one scalar per minibatch, zero self-distances included.
 
-    Args: d (..., B, G, M), w (..., B, M), reduce: see `dbp_loss`. Returns: (..., 1, 1, 1).
+    Args: d (..., B, G, M), w (..., B, M) or None for 1, reduce: see `dbp_loss`. Returns: (..., 1, 1, 1).
     It makes one temperature mean the same thing in every batch, whatever the unit of the actions.
     """
-    weighted = (d * w.unsqueeze(-2)).mean((-3, -2, -1), keepdim=True)
-    mass = w.unsqueeze(-2).mean((-3, -2, -1), keepdim=True)
-    if reduce is not None:  # ranks hold equal shares of the batch: the mean of means is the mean over the whole batch
-        weighted, mass = reduce(weighted), reduce(mass)
-    return weighted / mass
+    average = reduce or (lambda statistic: statistic)  # ranks hold equal shares: the mean of means is the mean of all
+    if w is None:
+        return average(d.mean((-3, -2, -1), keepdim=True))
+    w = w.unsqueeze(-2)  #                                                    (..., B, 1, M)
+    return average((d * w).mean((-3, -2, -1), keepdim=True)) / average(w.mean((-3, -2, -1), keepdim=True))
 
 
-def affinity(d_normalised: Tensor, w: Tensor, temperature: float) -> Tensor:
+def affinity(d_normalised: Tensor, w: Tensor | None, temperature: float) -> Tensor:
     """Eqs. (30)-(31): A = sqrt( softmax over references(l) * softmax over hypotheses(l) ) * w, l = -d / temperature.
 
-    Args: d_normalised (..., B, G, M) in units of s, w (..., B, M), temperature > 0. Returns: (..., B, G, M).
+    Args: d_normalised (..., B, G, M) in units of s, w (..., B, M) or None for 1, temperature > 0. Returns: (..., B, G, M).
     The first softmax asks whom a hypothesis attends to, the second which hypothesis a reference belongs to; a pair
     counts when both agree. DEPARTS the product is floored, as in the released code: no pair weighs less than 1e-3,
     so that a hypothesis that lost every competition still feels the expert.
@@ -72,8 +72,8 @@ def affinity(d_normalised: Tensor, w: Tensor, temperature: float) -> Tensor:
     logits = d_normalised / -temperature  # Eq. (30)                          (..., B, G, M)
     logits = logits.movedim((-2, -1), (0, 1)).contiguous()  # batch innermost: softmax over few entries is 4 times faster
     mutual = logits.softmax(1) * logits.softmax(0)  #                         (G, M, ..., B)
-    mutual = mutual.clamp_min(AFFINITY_FLOOR).movedim((0, 1), (-2, -1))
-    return mutual.sqrt() * w.unsqueeze(-2)  # Eq. (31)                        (..., B, G, M)
+    A = mutual.clamp_min(AFFINITY_FLOOR).sqrt().movedim((0, 1), (-2, -1))
+    return A if w is None else A * w.unsqueeze(-2)  # Eq. (31)                (..., B, G, M)
 
 
 def balanced_coefficients(A: Tensor, n_positives: int) -> Tensor:
@@ -136,7 +136,9 @@ def drift_field(
     sets += [(negatives, w_negatives)] if negatives is not None else []
     sets += [(positives, w_positives)]
     references = torch.cat([r for r, _ in sets], -2)  # r                               (..., B, M, S)
-    w = torch.cat([r.new_ones(r.shape[:-1]) if w is None else w.to(r) for r, w in sets], -1)  # (..., B, M)
+    w = None
+    if any(weights is not None for _, weights in sets):
+        w = torch.cat([r.new_ones(r.shape[:-1]) if weights is None else weights.to(r) for r, weights in sets], -1)  # (..., B, M)
 
     d = pairwise_distance(x, references)  # Eq. (28)                                    (..., B, G, M)
     s = global_scale(d, w, reduce)  # Eq. (29)                                          (..., 1, 1, 1)
@@ -145,13 +147,13 @@ def drift_field(
     if self_references:  # DEPARTS as released: a chunk does not see its own copy, whose distance 0 would outweigh all others
         d_normalised.diagonal(dim1=-2, dim2=-1)[..., :G] += SELF_DISTANCE
 
-    V = torch.zeros_like(x)
+    V = 0.0
     diagnostics = {"scale": s.mean(), "distance": d[..., -P:].mean()}
     for tau in temperatures:
         A = affinity(d_normalised, w, tau)  # Eqs. (30)-(31)                            (..., B, G, M)
         F = force(balanced_coefficients(A, P), references, x, unit)  # Eqs. (32)-(35)   (..., B, G, S)
         F, rms = normalise_force(F, reduce)  # Eq. (36)
-        V += F  # Eq. (37)
+        V = V + F  # Eq. (37)
         diagnostics[f"force_rms_{tau:g}"] = rms.mean()
     return V, unit, diagnostics
 

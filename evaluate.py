@@ -38,15 +38,13 @@ class Config:
     episodes: int = 100  # number of episodes
     seed_start: int = 100_000  # seed of the first start; the published protocol counts from 100,000 too
     seed: int = 0  # seed of the latents
-    zero_latent: bool = False  # act with z = 0, the centre, instead of a random z
+    latent_scale: float | None = None  # std of the latents; none: the checkpoint's; 1: Eq. (7); 0: the centre
     device: str = "cpu"  # cpu, cuda, cuda:1, ...; for one small network the CPU is the fastest
     gif: str = ""  # write a film of the first three episodes here
     json: bool = False  # print nothing but one JSON line
 
 
-def rollout(
-    policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int = 0, zero_latent: bool = False, film: bool = False
-) -> dict[str, np.ndarray]:
+def rollout(policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int = 0, film: bool = False) -> dict[str, np.ndarray]:
     """Run one episode per seed. Returns: score, success, return, length, each (episodes,), and frames (list) if film."""
     c = policy.config
     results = {"score": [], "success": [], "return": [], "length": []}
@@ -59,7 +57,7 @@ def rollout(
         obs = env.reset(batch)
         done, total = np.zeros(len(batch), bool), np.zeros(len(batch))
         while not done.all():
-            z = torch.randn(len(batch), c.horizon, c.action_dim, generator=generator) * (not zero_latent)
+            z = policy.sample_latents(len(batch), generator)  # for all, so that they do not depend on who is still running
             running = np.flatnonzero(~done)
             chunks = np.zeros((len(batch), c.action_steps, c.action_dim), np.float32)
             chunks[running] = policy.act({k: v[running] for k, v in obs.items()}, z[running]).cpu().numpy()
@@ -142,13 +140,15 @@ def main() -> None:
     with plain_errors(2):
         device = torch.device(cfg.device)
     policy = Policy.load(cfg.ckpt, device)
+    if cfg.latent_scale is not None:
+        policy.config = dataclasses.replace(policy.config, latent_scale=cfg.latent_scale)
     if cfg.env not in ("", policy.config.env):
         raise UserError(f"{cfg.ckpt} was trained for {policy.config.env}, not for {cfg.env}; give the checkpoint of that task")
     with plain_errors():
         task = envs.get_task(policy.config.env)
         start = time.perf_counter()
         seeds = list(range(cfg.seed_start, cfg.seed_start + cfg.episodes))
-        results = rollout(policy, task, seeds, cfg.seed, cfg.zero_latent, film=bool(cfg.gif))
+        results = rollout(policy, task, seeds, cfg.seed, film=bool(cfg.gif))
     line = report(policy, results, cfg.seed_start)
     if cfg.gif:
         write_gif(results["frames"], cfg.gif)

@@ -43,6 +43,7 @@ class PolicyConfig:
     obs_steps: int = 2  # To
     horizon: int = 16  # Tp
     action_steps: int = 8  # Ta
+    latent_scale: float = 1.0  # std of the latents drawn when acting; Eq. (7): 1
     backbone: str = "mlp"  # "mlp" or "unet"
     cond_width: int = 512  # mlp: features of the observation trunk
     cond_depth: int = 2  # mlp: its residual blocks
@@ -261,6 +262,14 @@ class Policy(nn.Module):
         """Eqs. (7), (24): G chunks per observation. z (B, G, Tp, Da) -> (B, G, Tp, Da), normalised actions."""
         return self.backbone(z, self.encode(obs))
 
+    def sample_latents(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """Latents to act with, (batch, Tp, Da), with std `latent_scale`.
+
+        DEPARTS below 1 the policy stays nearer to the middle of each mode and its rare bad chunks become rarer (README, tuning);
+        0 puts it between the modes.
+        """
+        return self.config.latent_scale * torch.randn(batch, self.config.horizon, self.config.action_dim, generator=generator)
+
     @torch.no_grad()
     def act(
         self,
@@ -270,8 +279,8 @@ class Policy(nn.Module):
     ) -> Tensor:
         """The executed prefix of one chunk, Eq. (22), in exactly one forward pass.
 
-        Args: obs {key: (B, To, *shape)}, arrays or tensors, environment units; z (B, Tp, Da): the latent, drawn from N(0, I)
-            with `generator` (a CPU generator) if None; zeros give the centre, which scores lower on multimodal tasks.
+        Args: obs {key: (B, To, *shape)}, arrays or tensors, environment units; z (B, Tp, Da): the latent, drawn by
+            `sample_latents` with `generator` (a CPU generator) if None.
         Returns: (B, Ta, Da), environment units, on the policy's device: chunk indices To-1 ... To-1+Ta-1.
         Raises: ValueError for a missing key or a shape that does not fit.
         """
@@ -286,7 +295,7 @@ class Policy(nn.Module):
                 raise ValueError(f"obs[{key!r}] has shape {tuple(tensors[key].shape)}; it must be (B, {c.obs_steps}, {shape})")
         batch = len(next(iter(tensors.values())))
         if z is None:
-            z = torch.randn(batch, c.horizon, c.action_dim, generator=generator)
+            z = self.sample_latents(batch, generator)
         if z.shape != (batch, c.horizon, c.action_dim):
             raise ValueError(f"z has shape {tuple(z.shape)}; it must be {(batch, c.horizon, c.action_dim)}")
         chunk = self(tensors, z.to(device).unsqueeze(1))[:, 0]  #            (B, Tp, Da)

@@ -87,7 +87,7 @@ def train(cfg: Config, dbp: Policy, seconds: float) -> tuple[DiffusionPolicy, in
     task, c = envs.get_task("pusht"), dbp.config
     data = demos.load(cfg.demos, task.name, task.demo_arrays, task.demo_convert)
     windows = demos.Windows(data, c.obs_steps, c.horizon, c.action_steps)
-    policy = DiffusionPolicy(c)
+    policy = DiffusionPolicy(dataclasses.replace(c, latent_scale=1.0))
     policy.fit_normalizers(data.obs, data.actions)
     ema, weights = EMA(policy), list(policy.parameters())
     optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=1e-6, fused=True)

@@ -34,16 +34,16 @@ SETTINGS = {
     "device": "cpu",
     "precision": "float32",
     "steps": STEPS,
-    "eval-every": EVAL_EVERY,
-    "save-every": SAVE_EVERY,
-    "batch-size": 8,
+    "eval_every": EVAL_EVERY,
+    "save_every": SAVE_EVERY,
+    "batch_size": 8,
     "hypotheses": 2,
     "temperatures": (0.05, 0.2),
-    "obs-steps": 2,
+    "obs_steps": 2,
     "horizon": 8,
-    "action-steps": 4,
-    "eval-episodes": 2,
-    "report-episodes": 2,
+    "action_steps": 4,
+    "eval_episodes": 2,
+    "report_episodes": 2,
 }
 
 
