@@ -89,7 +89,7 @@ class Config:
     obs_steps: int = 2  # To; Table VII
     horizon: int = 16  # Tp; Table VII
     action_steps: int = 8  # Ta; Table VII
-    latent_scale: float = 0.7  # std of the latents when acting; Eq. (7): 1
+    latent_scale: float = 0.8  # std of the latents when acting; Eq. (7): 1
     backbone: Literal["mlp", "unet"] = "mlp"  # mlp: residual MLP; unet: conditional U-Net 1D of Table VIII
     cond_width: int = 512  # mlp: features of the observation trunk, which runs once per observation
     cond_depth: int = 2  # mlp: its residual blocks

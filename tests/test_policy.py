@@ -141,6 +141,15 @@ def test_act_is_fixed_by_its_latent_or_its_generator():
     assert (policy.act(obs) - policy.act(obs)).abs().max() > 1e-3  # without either, every call draws anew
 
 
+def test_latents_have_the_configured_scale():
+    # The same draws, scaled: what act() draws by itself is what it may be given.
+    policy, obs = make_policy(latent_scale=0.7), make_obs()
+    z = 0.7 * torch.randn(B, TP, DA, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(policy.act(obs, generator=torch.Generator().manual_seed(5)), policy.act(obs, z))
+    assert policy.sample_latents(500).std().item() == pytest.approx(0.7, rel=0.05)
+    assert make_policy().sample_latents(500).std().item() == pytest.approx(1, rel=0.05)  # Eq. (7), unless told otherwise
+
+
 def test_act_names_what_does_not_fit():
     policy, obs = make_policy(), make_obs()
     with pytest.raises(ValueError, match="lacks 'points'"):
