@@ -73,7 +73,8 @@ def save_checkpoint(content: dict, path: str | Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         kept = "; the previous checkpoint is untouched" if path.exists() else ""
         raise UserError(f"cannot write {path}: {error}{kept}. Free space there or choose another --out.") from error
 
@@ -164,14 +165,20 @@ def start_process_group(device: str) -> tuple[int, int, torch.device]:
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); try cpu", 2) from error
+    device = usable_device(f"cuda:{local_rank}" if device == "cuda" else device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name. Raises UserError, status 2, where there is none."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try cpu", 2) from error
+    return device
 
 
 def average_over_ranks(x: Tensor) -> Tensor:

@@ -143,13 +143,17 @@ def check(cfg: Config) -> None:
     for name in at_least_1:
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be at least 1", 2)
-    if not cfg.temperatures or min(cfg.temperatures) <= 0:
-        raise UserError(f"--temperatures is {cfg.temperatures}; each must be above 0, for example 0.1", 2)
+    if not cfg.temperatures or any(not tau > 0 for tau in cfg.temperatures):  # "not above" also catches NaN
+        raise UserError(f"--temperatures is {cfg.temperatures}; each must be above 0, for example 0.2", 2)
+    if any(not 0 <= beta < 1 for beta in cfg.betas):
+        raise UserError(f"--betas is {cfg.betas}; both must be at least 0 and below 1", 2)
+    if cfg.seed >= 2**63:
+        raise UserError(f"--seed is {cfg.seed}; it must be below 2^63", 2)
     for name in ("lr", "grad_clip", "ema_power"):
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0", 2)
     for name in ("warmup", "weight_decay", "obs_noise", "latent_scale", "seed"):
-        if getattr(cfg, name) < 0:
+        if not getattr(cfg, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must not be negative", 2)
 
 
@@ -164,7 +168,12 @@ def read_config() -> tuple[Config, dict | None]:
         defaults = Config(**PRESETS[given.preset], preset=given.preset)
         return dataclasses.replace(tyro.cli(Config, default=defaults), out=out), None
     state = load_checkpoint(Path(out) / "state.pt")
-    saved = Config(**state["config"])
+    try:
+        saved = Config(**state["config"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{out}/state.pt is not a state of this version of dbp_train.py ({error}); it cannot be resumed"
+        ) from error
     cfg = dataclasses.replace(tyro.cli(Config, default=saved), out=out)
     for field in dataclasses.fields(Config):
         now, then = getattr(cfg, field.name), getattr(saved, field.name)
@@ -257,9 +266,8 @@ def finish(task: envs.Task, out: Path, episodes: int, wall: Callable[[], float])
     results = evaluate.rollout(policy, task, list(range(REPORT_SEED, REPORT_SEED + episodes)), film=True)
     evaluate.write_gif(results["frames"], out / "rollout.gif")
     line = evaluate.report(policy, results, REPORT_SEED)
-    low, high = line["score_ci95"]
     print(
-        f"best policy, {episodes} unseen starts: score {line['score']:.3f}, 95 % interval [{low:.3f}, {high:.3f}], "
+        f"best policy, {episodes} unseen starts: score {line['score']:.3f}, {evaluate.interval_text(line)}, "
         f"success rate {line['success_rate']:.2f}, {line['latency_ms_p50']:.2f} ms per call\n"
         f"watch {out / 'rollout.gif'}, see {out / 'curve.png'}"
     )
@@ -315,9 +323,9 @@ def main() -> None:
         windows = demos.Windows(data, cfg.obs_steps, cfg.horizon, cfg.action_steps, device)
     if cfg.ckpt and state is None:
         start = Policy.load(cfg.ckpt)
-        with plain_errors():
-            if start.config != policy.config:
-                raise ValueError(f"--ckpt {cfg.ckpt} holds {start.config}, this run needs {policy.config}")
+        free = {"action_steps": 0, "latent_scale": 0}  # settings of acting, without weights
+        if dataclasses.replace(start.config, **free) != dataclasses.replace(policy.config, **free):
+            raise UserError(f"--ckpt {cfg.ckpt} holds {start.config}, this run needs {policy.config}")
         policy.load_state_dict(start.state_dict())
     else:
         policy.fit_normalizers(data.obs, data.actions)
@@ -408,9 +416,10 @@ def main() -> None:
         average_gradients(weights)
         norm = torch.nn.utils.clip_grad_norm_(weights, cfg.grad_clip)
         if not torch.isfinite(norm):
+            saved = " and ".join(str(out / name) for name in ("state.pt", "dbp.pt") if (out / name).exists())
             raise UserError(
-                f"the loss or its gradient is not finite at step {step:,}; stopped before the update. The last good state is "
-                f"{out / 'state.pt'}, the best policy {out / 'dbp.pt'}. Try a smaller --lr or --precision float32."
+                f"the loss or its gradient is not finite at step {step:,}; stopped before the update. "
+                f"{saved or 'Nothing'} was saved before. Try a smaller --lr or --precision float32."
             )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)

@@ -15,6 +15,7 @@ Errors are ValueError (the content is wrong), OSError (the file cannot be had) o
 from __future__ import annotations
 
 import dataclasses
+import json
 import urllib.request
 import zipfile
 from collections.abc import Callable, Sequence
@@ -62,10 +63,10 @@ class Demos:
 
     def __post_init__(self):
         ends, n = self.episode_ends, len(self.actions)
-        if ends.ndim != 1 or len(ends) == 0 or ends[0] < 1 or (np.diff(ends) < 1).any() or ends[-1] != n:
+        if ends.ndim != 1 or ends.size == 0 or ends[0] < 1 or (np.diff(ends) < 1).any() or ends[-1] != n:
             raise ValueError(
                 f"{self.source}: episode_ends must rise strictly from above 0 to the number of steps, {n}; it holds "
-                f"{len(ends)} values, the last {ends[-1] if ends.size else 'missing'}. Was the file copied whole?"
+                f"{ends.size} values, the last {ends.flat[-1] if ends.size else 'missing'}. Was the file copied whole?"
             )
         for name, array in {"action": self.actions, **self.obs}.items():
             if len(array) != n:
@@ -88,8 +89,9 @@ def read_zarr(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
     try:
         if path.is_dir():
             root = zarr.open_group(str(path), mode="r")
-        else:
-            inside = [name for name in zipfile.ZipFile(path).namelist() if "meta/episode_ends/" in name]
+        else:  # the zip's own checksums guard its pieces
+            with zipfile.ZipFile(path) as file:
+                inside = [name for name in file.namelist() if "meta/episode_ends/" in name]
             folder = inside[0].split("meta/episode_ends/")[0].rstrip("/") if inside else ""
             root = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), path=folder, mode="r")
         nodes = {name: root[f"data/{name}"] for name in names if f"data/{name}" in root}
@@ -97,12 +99,30 @@ def read_zarr(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
         for name, node in nodes.items():
             if node.nchunks_initialized < node.nchunks:  # zarr reads a missing piece as zeros and says nothing
                 raise ValueError(f"{name} has {node.nchunks_initialized} of {node.nchunks} pieces")
+            if path.is_dir():
+                check_pieces(path / node.path)
         arrays = {name: node[:] for name, node in nodes.items()}
     except (KeyError, ValueError, RuntimeError, zipfile.BadZipFile, FileNotFoundError) as error:
         raise ValueError(
             f"{path} is not a whole replay buffer (data/<name>, meta/episode_ends): {error}. Copy it again."
         ) from error
     return arrays, arrays.pop("episode_ends")
+
+
+def check_pieces(array: Path) -> None:
+    """Raises ValueError for a piece of a zarr-2 array that was cut off. Blosc, the codec of the published data, decodes a cut
+    piece to whatever lies in memory and says nothing; but its header tells the length."""
+    metadata = array / ".zarray"
+    compressor = json.loads(metadata.read_text())["compressor"] if metadata.is_file() else None
+    if not compressor or compressor["id"] != "blosc":
+        return
+    for piece in array.iterdir():
+        if piece.name.startswith("."):
+            continue
+        content = piece.read_bytes()
+        expected = int.from_bytes(content[12:16], "little")
+        if len(content) != expected or len(content) < 16:
+            raise ValueError(f"piece {piece.name} of {array.name} has {len(content)} bytes, its header says {expected}")
 
 
 def read_npz(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
@@ -153,9 +173,10 @@ def load(
     arrays, ends = READERS[path.suffix](path, names)
     if source == "official":
         expected = (SOURCES[task].official_episodes, SOURCES[task].official_steps)
-        if (len(ends), int(ends[-1])) != expected:
+        found = (ends.size, int(ends.max(initial=0)))
+        if found != expected:
             raise ValueError(
-                f"{path} holds {len(ends)} episodes and {int(ends[-1])} steps; the published archive has {expected[0]} and "
+                f"{path} holds {found[0]} episodes and {found[1]} steps; the published archive has {expected[0]} and "
                 f"{expected[1]}. Delete it and run again."
             )
     try:

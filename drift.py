@@ -221,6 +221,8 @@ def dbp_loss_stepwise(
     def slices_first(r: Tensor | None) -> Tensor | None:
         return None if r is None else r.movedim(-2, 0)  # (B, G, Tp, Da) -> (Tp, B, G, Da)
 
+    if generated.ndim != 4:
+        raise ValueError(f"generated has shape {tuple(generated.shape)}; step-wise mode takes (B, G, Tp, Da)")
     slices = slices_first(generated)
     for name in ("w_generated", "w_positives", "w_negatives"):
         if kwargs.get(name) is not None:

@@ -24,7 +24,7 @@ import torch
 import tyro
 
 import envs
-from common import UserError, plain_errors, run_main
+from common import UserError, plain_errors, run_main, usable_device
 from policy import Policy
 
 MAX_ENVS = 100  # environments side by side
@@ -75,8 +75,8 @@ def rollout(policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int 
 
 
 def interval95(x: np.ndarray) -> tuple[float, float]:
-    """Normal 95 % interval of the mean, (low, high)."""
-    half = 1.96 * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else float("nan")
+    """Normal 95 % interval of the mean, (low, high); one episode tells nothing of the spread: (-inf, inf)."""
+    half = 1.96 * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else np.inf
     return float(x.mean() - half), float(x.mean() + half)
 
 
@@ -112,7 +112,7 @@ def report(policy: Policy, results: dict[str, np.ndarray], seed_start: int) -> d
         "episodes": len(results["score"]),
         "seed_start": seed_start,
         "score": round(float(results["score"].mean()), 4),
-        "score_ci95": [round(low, 4), round(high, 4)],
+        "score_ci95": [round(low, 4), round(high, 4)] if len(results["score"]) > 1 else None,  # JSON knows no infinity
         "success_rate": round(float(results["success"].mean()), 4),
         "mean_return": round(float(results["return"].mean()), 3),
         "latency_ms_p50": round(float(np.percentile(times, 50)), 3),
@@ -120,6 +120,10 @@ def report(policy: Policy, results: dict[str, np.ndarray], seed_start: int) -> d
         "nfe": nfe,
         "parameters": sum(p.numel() for p in policy.parameters()),
     }
+
+
+def interval_text(line: dict) -> str:
+    return "95 % interval [{:.3f}, {:.3f}]".format(*line["score_ci95"]) if line["score_ci95"] else "no interval from one episode"
 
 
 def write_gif(frames: list[list[np.ndarray]], path: str | Path, every: int = 2, fps: int = 20) -> None:
@@ -137,8 +141,7 @@ def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     if cfg.episodes < 1:
         raise UserError(f"--episodes is {cfg.episodes}; at least 1 is needed", 2)
-    with plain_errors(2):
-        device = torch.device(cfg.device)
+    device = usable_device(cfg.device)
     policy = Policy.load(cfg.ckpt, device)
     if cfg.latent_scale is not None:
         policy.config = dataclasses.replace(policy.config, latent_scale=cfg.latent_scale)
@@ -146,18 +149,18 @@ def main() -> None:
         raise UserError(f"{cfg.ckpt} was trained for {policy.config.env}, not for {cfg.env}; give the checkpoint of that task")
     with plain_errors():
         task = envs.get_task(policy.config.env)
-        start = time.perf_counter()
-        seeds = list(range(cfg.seed_start, cfg.seed_start + cfg.episodes))
-        results = rollout(policy, task, seeds, cfg.seed, film=bool(cfg.gif))
+        task.make(1, policy.config.obs_steps).close()  # a missing simulator is the user's to mend, a failing one is not
+    start = time.perf_counter()
+    seeds = list(range(cfg.seed_start, cfg.seed_start + cfg.episodes))
+    results = rollout(policy, task, seeds, cfg.seed, film=bool(cfg.gif))
     line = report(policy, results, cfg.seed_start)
     if cfg.gif:
         write_gif(results["frames"], cfg.gif)
     if cfg.json:
         print(json.dumps(line))
         return
-    low, high = line["score_ci95"]
     print(f"{cfg.ckpt}: {task.name}, {cfg.episodes} episodes from seed {cfg.seed_start}, {time.perf_counter() - start:.0f} s")
-    print(f"  score         {line['score']:.3f}   95 % interval [{low:.3f}, {high:.3f}]   ({task.score})")
+    print(f"  score         {line['score']:.3f}   {interval_text(line)}   ({task.score})")
     print(f"  success rate  {line['success_rate']:.2f}    mean episode {results['length'].mean():.0f} steps")
     print(
         f"  one call      {line['latency_ms_p50']:.2f} ms p50, {line['latency_ms_p99']:.2f} ms p99, {line['nfe']} NFE, "

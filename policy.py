@@ -313,7 +313,8 @@ class Policy(nn.Module):
             policy = cls(PolicyConfig(**state["config"]))
             policy.load_state_dict(state["weights"], strict=True)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise UserError(f"the checkpoint's policy does not fit this version of the project: {error}") from error
+            reason = " ".join(str(error).split())[:300]  # torch lists every tensor, on a line each
+            raise UserError(f"the checkpoint's policy does not fit this version of the project: {reason}") from error
         return policy
 
     def save(self, path: str | Path) -> None:
