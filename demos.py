@@ -150,11 +150,13 @@ def load(
     task: str,
     names: Sequence[str],
     convert: Callable[[Arrays], tuple[dict[str, np.ndarray], np.ndarray]],
+    mirror: Callable[[Arrays], Arrays] | None = None,
 ) -> Demos:
     """Load the demonstrations of a task.
 
     Args: source: "embedded", "official" or a path; task: a key of SOURCES for the first two; names: arrays to read;
-        convert: arrays -> (obs, actions), raising ValueError where they do not fit the task.
+        convert: arrays -> (obs, actions), raising ValueError where they do not fit the task; mirror: arrays -> the same
+        episodes in a symmetry of the task, which are then added to them.
     """
     if source in ("embedded", "official") and task not in SOURCES:
         raise ValueError(f"{task} has no {source} demonstrations; give --demos PATH")
@@ -183,8 +185,13 @@ def load(
         obs, actions = convert(arrays)
     except ValueError as error:
         raise ValueError(f"{path} does not fit {task}: {error}") from error
-    obs = {key: np.ascontiguousarray(value, np.float32) for key, value in obs.items()}
     label = f"{source} demonstrations ({path.name})" if source in ("embedded", "official") else str(path)
+    if mirror is not None:
+        mirrored_obs, mirrored_actions = convert(mirror(arrays))
+        obs = {key: np.concatenate([value, mirrored_obs[key]]) for key, value in obs.items()}
+        actions, ends = np.concatenate([actions, mirrored_actions]), np.concatenate([ends, len(actions) + ends])
+        label += ", and their mirror images"
+    obs = {key: np.ascontiguousarray(value, np.float32) for key, value in obs.items()}
     return Demos(obs, np.ascontiguousarray(actions, np.float32), np.asarray(ends, np.int64), label)
 
 

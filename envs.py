@@ -39,6 +39,7 @@ class Task:
     make: Callable[[int, int], object]  # (num_envs, obs_steps) -> vectorised environment
     demo_arrays: tuple[str, ...]  # arrays to read from a demonstration file
     demo_convert: Callable[[Arrays], tuple[Arrays, np.ndarray]]  # those arrays -> (obs, actions), environment units
+    demo_mirror: Callable[[Arrays], Arrays] | None = None  # those arrays -> the same episodes in the task's mirror, if it has one
 
 
 def get_task(name: str) -> Task:
@@ -83,6 +84,16 @@ def pusht_demos(arrays: Arrays) -> tuple[Arrays, np.ndarray]:
             raise ValueError(f"{name} has shape {arrays[name].shape}; it must be (steps, {width})")
     state = np.asarray(arrays["state"], np.float64)
     return {"state": pusht_state(state[:, :2], state[:, 2:])}, arrays["action"]
+
+
+def pusht_mirror(arrays: Arrays) -> Arrays:
+    """The same episodes, reflected in the axis of the target: x + y = 512, which is a diagonal of the table too.
+
+    The physics do not know left from right, so that a mirrored demonstration is one that somebody could have given.
+    """
+    state, action = np.asarray(arrays["state"], np.float64), arrays["action"]
+    agent, block, angle = 512 - state[:, 1::-1], 512 - state[:, 3:1:-1], np.pi / 2 - state[:, 4:]
+    return {"state": np.concatenate([agent, block, angle], -1), "action": 512 - action[:, ::-1]}
 
 
 class PushT:
@@ -169,5 +180,6 @@ TASKS = {
         make=PushT,
         demo_arrays=("state", "action"),
         demo_convert=pusht_demos,
+        demo_mirror=pusht_mirror,
     ),
 }

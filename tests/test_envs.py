@@ -151,3 +151,29 @@ def test_the_film_has_one_picture_per_step_of_the_chosen_episodes():
 def test_an_unknown_task_is_named():
     with pytest.raises(ValueError, match=r"'pushy'.*pusht"):
         envs.get_task("pushy")
+
+
+def test_mirror_is_a_symmetry_of_the_physics():
+    # The walls are one pixel off the mirror's axis, so the episode stays away from them; everything else is symmetric.
+    from gym_pusht.envs.pusht import PushTEnv
+
+    rng = np.random.default_rng(0)
+    state = np.array([[200.0, 330.0, 250.0, 240.0, 0.4]])
+    walk = np.cumsum(rng.normal(0, 12, (40, 2)), 0)
+    actions = np.clip(walk + np.array([230.0, 280.0]), 100, 400)
+    twin = envs.pusht_mirror({"state": state, "action": actions})
+    end = []
+    for start, pushes in ((state, actions), (twin["state"], twin["action"])):
+        table = PushTEnv(obs_type="state")
+        table.reset(seed=0)
+        table.agent.position, table.block.angle = tuple(start[0, :2]), start[0, 4]
+        table.block.position = tuple(start[0, 2:4])
+        for push in pushes:
+            last, *_ = table.step(push)
+        end.append((last, table._get_coverage()))
+    assert np.abs(end[0][0][2:4] - state[0, 2:4]).max() > 5, "the block was never touched"
+    mirrored = envs.pusht_mirror({"state": end[0][0][None], "action": actions})["state"][0]
+    difference = mirrored - end[1][0]
+    difference[4] = (difference[4] + np.pi) % (2 * np.pi) - np.pi
+    assert np.abs(difference).max() < 0.5
+    assert abs(end[0][1] - end[1][1]) < 0.01
