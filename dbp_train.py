@@ -21,15 +21,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not fight the simulator for the cores
 
 import torch
 import tyro
@@ -97,7 +94,7 @@ class Config:
     width: int = 128  # mlp: features of the chunk trunk, which runs G times per observation
     depth: int = 2  # mlp: its residual blocks
 
-    eval_every: int = 2_000  # steps between evaluations; the best by score is kept
+    eval_every: int = 4_000  # steps between evaluations; the best by score is kept
     eval_episodes: int = 50  # episodes of such an evaluation, starts from seed 50,000 on
     report_episodes: int = 100  # episodes of the final one, starts from seed 100,000 on
     save_every: int = 1_000  # steps between saves of state.pt
@@ -105,7 +102,7 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "fast": {},
-    "best": {"steps": 24_000, "mirror": True, "eval_every": 6_000},
+    "best": {"steps": 24_000, "mirror": True, "eval_every": 8_000},
     "paper": {
         "steps": 75_600,  # 100 epochs of 24,208 windows in batches of 32
         "batch_size": 32,

@@ -71,8 +71,8 @@ def affinity(d_normalised: Tensor, w: Tensor | None, temperature: float) -> Tens
     """
     logits = d_normalised / -temperature  # Eq. (30)                          (..., B, G, M)
     logits = logits.movedim((-2, -1), (0, 1)).contiguous()  # batch innermost: softmax over few entries is 4 times faster
-    mutual = logits.softmax(1) * logits.softmax(0)  #                         (G, M, ..., B)
-    A = mutual.clamp_min(AFFINITY_FLOOR).sqrt().movedim((0, 1), (-2, -1))
+    mutual = logits.softmax(1).mul_(logits.softmax(0))  #                     (G, M, ..., B)
+    A = mutual.clamp_min_(AFFINITY_FLOOR).sqrt_().movedim((0, 1), (-2, -1))
     return A if w is None else A * w.unsqueeze(-2)  # Eq. (31)                (..., B, G, M)
 
 
@@ -96,7 +96,8 @@ def force(coefficients: Tensor, references: Tensor, x: Tensor, unit: Tensor) -> 
     Returns: (..., B, G, S), without unit. Written as two products instead of a (B, G, M, S) tensor of displacements;
     the second is 0 but for rounding, Eq. (34), and removes just that rounding.
     """
-    return (coefficients @ references - coefficients.sum(-1, keepdim=True) * x) / unit
+    c = coefficients / unit  # divided here, where the tensor is small
+    return (c @ references).addcmul_(c.sum(-1, keepdim=True), x, value=-1)
 
 
 def normalise_force(F: Tensor, reduce: Reduce | None = None) -> tuple[Tensor, Tensor]:
@@ -105,7 +106,7 @@ def normalise_force(F: Tensor, reduce: Reduce | None = None) -> tuple[Tensor, Te
     Args: F (..., B, G, S), reduce: see `dbp_loss`. Returns: the normalised force, and the raw RMS (..., 1, 1, 1).
     Without it one temperature would drown the others in Eq. (37). It is also why the loss value carries no information.
     """
-    mean_square = F.square().mean((-3, -2, -1), keepdim=True)
+    mean_square = torch.linalg.vector_norm(F, dim=(-3, -2, -1), keepdim=True).square() / F.shape[-3:].numel()
     if reduce is not None:
         mean_square = reduce(mean_square)
     rms = mean_square.sqrt()
@@ -131,7 +132,7 @@ def drift_field(
         then V is exactly antisymmetric in positives and negatives and 0 where both are equal, Eq. (2).
     Returns: V (..., B, G, S) in units of u, u (..., 1, 1, 1), diagnostics (see `dbp_loss`). No gradient flows.
     """
-    G, P = x.shape[-2], positives.shape[-2]
+    P = positives.shape[-2]
     sets = [(x, w_generated)] if self_references else []  # Eqs. (26)-(27): negative side first, positives last
     sets += [(negatives, w_negatives)] if negatives is not None else []
     sets += [(positives, w_positives)]
@@ -145,16 +146,16 @@ def drift_field(
     unit = (s / x.shape[-1] ** 0.5).clamp_min(SCALE_FLOOR)  # Eq. (56)
     d_normalised = d / s.clamp_min(SCALE_FLOOR)  # Eqs. (8), (56)
     if self_references:  # DEPARTS as released: a chunk does not see its own copy, whose distance 0 would outweigh all others
-        d_normalised.diagonal(dim1=-2, dim2=-1)[..., :G] += SELF_DISTANCE
+        d_normalised.diagonal(dim1=-2, dim2=-1).add_(SELF_DISTANCE)
 
-    V = 0.0
-    diagnostics = {"scale": s.mean(), "distance": d[..., -P:].mean()}
+    V = None
+    diagnostics = {"scale": _average(s), "distance": d[..., -P:].mean()}
     for tau in temperatures:
         A = affinity(d_normalised, w, tau)  # Eqs. (30)-(31)                            (..., B, G, M)
         F = force(balanced_coefficients(A, P), references, x, unit)  # Eqs. (32)-(35)   (..., B, G, S)
         F, rms = normalise_force(F, reduce)  # Eq. (36)
-        V = V + F  # Eq. (37)
-        diagnostics[f"force_rms_{tau:g}"] = rms.mean()
+        V = F if V is None else V + F  # Eq. (37)
+        diagnostics[f"force_rms_{tau:g}"] = _average(rms)
     return V, unit, diagnostics
 
 
@@ -190,21 +191,14 @@ def dbp_loss(
     """
     _check(generated, positives, negatives, w_generated, w_positives, w_negatives, temperatures)
     # Float32 whatever autocast says: distances between close chunks vanish in bfloat16.
-    generated, positives = _full_precision(generated), _full_precision(positives)
+    generated, positives, negatives = _full_precision(generated), _full_precision(positives), _full_precision(negatives)
     with torch.autocast(generated.device.type, enabled=False):
         x = generated.detach()  # x', Eq. (25)
-        V, unit, diagnostics = drift_field(
-            x,
-            positives.detach(),
-            None if negatives is None else _full_precision(negatives).detach(),
-            w_generated=w_generated,
-            w_positives=w_positives,
-            w_negatives=w_negatives,
-            temperatures=temperatures,
-            reduce=reduce,
-        )
+        weights = {"w_generated": w_generated, "w_positives": w_positives, "w_negatives": w_negatives}
+        V, unit, diagnostics = drift_field(x, positives, negatives, **weights, temperatures=temperatures, reduce=reduce)
         target = x / unit + V  # Eqs. (2)-(3), (38): a constant, in units of u         (..., B, G, S)
-        loss = (generated / unit - target).square().mean((-2, -1))  # Eqs. (4), (10), (39)   (..., B)
+        error = torch.nn.functional.mse_loss(generated / unit, target, reduction="none")  # Eqs. (4), (10)
+        loss = error.mean((-2, -1))  # Eq. (39)                                         (..., B)
     return loss, diagnostics
 
 
@@ -219,7 +213,7 @@ def dbp_loss_stepwise(
     """
 
     def slices_first(r: Tensor | None) -> Tensor | None:
-        return None if r is None else r.movedim(-2, 0)  # (B, G, Tp, Da) -> (Tp, B, G, Da)
+        return None if r is None else r.movedim(-2, 0).contiguous()  # (B, G, Tp, Da) -> (Tp, B, G, Da)
 
     if generated.ndim != 4:
         raise ValueError(f"generated has shape {tuple(generated.shape)}; step-wise mode takes (B, G, Tp, Da)")
@@ -231,8 +225,13 @@ def dbp_loss_stepwise(
     return loss.mean(0), diagnostics
 
 
-def _full_precision(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _average(statistic: Tensor) -> Tensor:
+    """Over the separate problems, of which there is one in chunk mode."""
+    return statistic.mean() if statistic.numel() > 1 else statistic.reshape(())
+
+
+def _full_precision(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _check(generated, positives, negatives, w_generated, w_positives, w_negatives, temperatures) -> None:

@@ -61,6 +61,7 @@ def share_of_step() -> dict[str, float]:
         ema.update(1000)
 
     def drift() -> None:
+        chunks.grad = None
         loss, _ = dbp_loss(chunks, expert, temperatures=cfg.temperatures)
         loss.mean().backward()
 
