@@ -196,8 +196,9 @@ def dbp_loss(
         x = generated.detach()  # x', Eq. (25)
         weights = {"w_generated": w_generated, "w_positives": w_positives, "w_negatives": w_negatives}
         V, unit, diagnostics = drift_field(x, positives, negatives, **weights, temperatures=temperatures, reduce=reduce)
-        target = x / unit + V  # Eqs. (2)-(3), (38): a constant, in units of u         (..., B, G, S)
-        error = torch.nn.functional.mse_loss(generated / unit, target, reduction="none")  # Eqs. (4), (10)
+        scaled = generated / unit  #                                                    (..., B, G, S)
+        target = scaled.detach() + V  # Eqs. (2)-(3), (38): x'/u + V, a constant
+        error = torch.nn.functional.mse_loss(scaled, target, reduction="none")  # Eqs. (4), (10)
         loss = error.mean((-2, -1))  # Eq. (39)                                         (..., B)
     return loss, diagnostics
 
