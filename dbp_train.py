@@ -1,6 +1,6 @@
 """Stage 1, the Drift-Based Policy: Algorithm 1 of the paper, demonstrations -> one-step policy.
 
-    python dbp_train.py --env pusht --steps 300             one minute, proves the installation, score about 0.3
+    python dbp_train.py --env pusht --steps 300             half a minute, proves the installation
     python dbp_train.py --env pusht                         three minutes on two cores, score 0.9 and more
     python dbp_train.py --env pusht --preset best           eight minutes
     python dbp_train.py --env pusht --preset paper          the paper's network and settings (Tables VII, VIII); wants a GPU
