@@ -111,7 +111,8 @@ class PushT:
         try:
             from gym_pusht.envs import pusht
         except ImportError as error:
-            raise ImportError(f"Push-T needs gym-pusht: pip install gym-pusht==0.1.8 ({error})") from error
+            hint = "apt-get install libgl1" if "libGL" in str(error) else "pip install gym-pusht==0.1.8"
+            raise ImportError(f"Push-T needs gym-pusht, which does not import here ({error}): {hint}") from error
 
         class Table(pusht.PushTEnv):
             def _get_coverage(self):  # gym-pusht's, but for the goal, which never moves and is built once: 1.4 times faster
