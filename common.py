@@ -53,6 +53,9 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -89,7 +92,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     except Exception as error:  # zip, pickle and I/O errors of many types: all mean that the file cannot be used
         raise UserError(
             f"{path} ({path.stat().st_size} bytes) cannot be read as a checkpoint: truncated, corrupt, or not written by "
-            f"this project ({type(error).__name__}). Copy it again or train a new one."
+            f"this project ({type(error).__name__}: {' '.join(str(error).split())[:120]}). Copy it again or train a new one."
         ) from error
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{path} is not a checkpoint of this project: it has no format version.")
@@ -126,25 +129,29 @@ class RunLog:
         with plain_errors():
             if resume_step and self.path.is_file():
                 with open(self.path, newline="") as file:
-                    self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resume_step]
-            with open(self.path, "w", newline="") as file:
+                    rows = [row for row in csv.DictReader(file) if None not in row.values()]  # a kill can tear the last row
+                self.rows = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= resume_step]
+            temporary = self.path.with_suffix(".tmp")
+            with open(temporary, "w", newline="") as file:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
                 writer.writerows(self.rows)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)
-        except ImportError:
-            self.tensorboard = None
+            os.replace(temporary, self.path)
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                self.tensorboard = None
+            else:
+                self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self.rows.append({"step": str(step), **{name: f"{value:.6g}" for name, value in metrics.items()}})
         with plain_errors(), open(self.path, "a", newline="") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(self.rows[-1])
         if self.tensorboard is not None:
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(name, value, step)
+            with plain_errors():
+                for name, value in metrics.items():
+                    self.tensorboard.add_scalar(name, value, step)
 
     def column(self, name: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one metric, for plots."""
@@ -163,16 +170,17 @@ def start_process_group(device: str) -> tuple[int, int, torch.device]:
     """(rank, number of ranks, device) under torchrun, (0, 1, device) without it."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = usable_device(f"cuda:{local_rank}" if device == "cuda" else device)
+    device = usable_device(device, local_rank)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of that name. Raises UserError, status 2, where there is none."""
+def usable_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name; auto is cuda where there is one, else cpu. Raises UserError, status 2, where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"cuda:{local_rank}" if name == "cuda" else name
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

@@ -142,8 +142,12 @@ def check(cfg: Config) -> None:
     for name in at_least_1:
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be at least 1", 2)
-    if not cfg.temperatures or any(not tau > 0 for tau in cfg.temperatures):  # "not above" also catches NaN
+    if not cfg.temperatures or any(not 0 < tau < math.inf for tau in cfg.temperatures):  # so written, it refuses NaN too
         raise UserError(f"--temperatures is {cfg.temperatures}; each must be above 0, for example 0.2", 2)
+    if len(set(cfg.temperatures)) < len(cfg.temperatures):
+        raise UserError(f"--temperatures is {cfg.temperatures}; name each once", 2)
+    if not 0 <= cfg.ema_max_decay < 1:
+        raise UserError(f"--ema-max-decay is {cfg.ema_max_decay}; it must be at least 0 and below 1", 2)
     if any(not 0 <= beta < 1 for beta in cfg.betas):
         raise UserError(f"--betas is {cfg.betas}; both must be at least 0 and below 1", 2)
     if cfg.seed >= 2**63:
@@ -151,9 +155,9 @@ def check(cfg: Config) -> None:
     for name in ("lr", "grad_clip", "ema_power"):
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0", 2)
-    for name in ("warmup", "weight_decay", "obs_noise", "latent_scale", "seed"):
-        if not getattr(cfg, name) >= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must not be negative", 2)
+    for name in ("warmup", "weight_decay", "obs_noise", "latent_scale", "cond_depth", "seed"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be a number from 0 on", 2)
 
 
 def read_config() -> tuple[Config, dict | None]:
@@ -178,7 +182,7 @@ def read_config() -> tuple[Config, dict | None]:
         now, then = getattr(cfg, field.name), getattr(saved, field.name)
         if field.name not in FREE_ON_RESUME and now != then:
             flag = field.name.replace("_", "-")
-            raise UserError(f"--{flag} is {now}, but the run in {out} has {then}; leave the flag away to resume it", 2)
+            raise UserError(f"--{flag} is {now}, but the run in {out} has {then}; omit the flag to resume it", 2)
     return cfg, state
 
 
@@ -232,13 +236,14 @@ def plot_curves(log: RunLog, task: envs.Task, path: Path) -> None:
     for ax in axes:
         ax.set_xlabel("gradient steps")
         ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with plain_errors():
+        figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def keep_earlier_run(out: Path, say) -> None:
     """Move a run that lies in `out` aside, to the first free of <out>.1, <out>.2, ...: nothing is overwritten."""
-    if not any((out / name).exists() for name in ("state.pt", "dbp.pt")):
+    if not any((out / name).exists() for name in ("config.json", "state.pt", "dbp.pt")):
         return
     number = next(n for n in range(1, 10_000) if not Path(f"{out}.{n}").exists())
     with plain_errors():
@@ -259,9 +264,9 @@ def catch_signals() -> list[int]:
     return caught
 
 
-def finish(task: envs.Task, out: Path, episodes: int, wall: Callable[[], float]) -> None:
+def finish(task: envs.Task, out: Path, episodes: int, device: torch.device, wall: Callable[[], float]) -> None:
     """The final numbers, on starts that no decision has seen, and the film. The JSON line ends result.json and the output."""
-    policy = Policy.load(out / "dbp.pt")
+    policy = Policy.load(out / "dbp.pt", device)
     results = evaluate.rollout(policy, task, list(range(REPORT_SEED, REPORT_SEED + episodes)), film=True)
     evaluate.write_gif(results["frames"], out / "rollout.gif")
     line = evaluate.report(policy, results, REPORT_SEED)
@@ -285,8 +290,9 @@ def main() -> None:
     rank, world, device = start_process_group(cfg.device)
     if cfg.batch_size % world:
         raise UserError(f"--batch-size is {cfg.batch_size}; it must be a multiple of the {world} processes", 2)
-    if cfg.precision == "auto":
-        cfg = dataclasses.replace(cfg, precision=faster_precision(cfg, device))
+    if cfg.precision == "auto":  # all processes compute what the majority found faster
+        faster = torch.tensor(float(faster_precision(cfg, device) == "bfloat16"), device=device)
+        cfg = dataclasses.replace(cfg, precision="bfloat16" if average_over_ranks(faster) > 0.5 else "float32")
     first = rank == 0  # the process that evaluates, writes and talks
     say = print if first else lambda *_: None
 
@@ -295,10 +301,11 @@ def main() -> None:
     generator = torch.Generator().manual_seed(cfg.seed)  # minibatches and latents; the same on every rank
 
     # ---- data and environments --------------------------------------------------------------------------------------
-    with plain_errors():
+    with plain_errors(2):
         task = envs.get_task(cfg.env)
         if cfg.mirror and task.demo_mirror is None:
-            raise ValueError(f"{cfg.env} has no mirror symmetry; leave --mirror away")
+            raise ValueError(f"{cfg.env} has no mirror symmetry; omit --mirror")
+    with plain_errors():
         mirror = task.demo_mirror if cfg.mirror else None
         data = demos.load(cfg.demos, cfg.env, task.demo_arrays, task.demo_convert, mirror)
         task.make(1, cfg.obs_steps).close()  # a missing simulator shows now, not after the training
@@ -327,7 +334,9 @@ def main() -> None:
         start = Policy.load(cfg.ckpt)
         free = {"action_steps": 0, "latent_scale": 0}  # settings of acting, without weights
         if dataclasses.replace(start.config, **free) != dataclasses.replace(policy.config, **free):
-            raise UserError(f"--ckpt {cfg.ckpt} holds {start.config}, this run needs {policy.config}")
+            pairs = zip(dataclasses.asdict(start.config).items(), dataclasses.asdict(policy.config).values(), strict=True)
+            differ = ", ".join(f"{name} {there} (here {here})" for (name, there), here in pairs if there != here)
+            raise UserError(f"--ckpt {cfg.ckpt} has another architecture or task: {differ}. Set the flags to its values.")
         policy.load_state_dict(start.state_dict())
     else:
         policy.fit_normalizers(data.obs, data.actions)
@@ -342,6 +351,8 @@ def main() -> None:
         f"{cfg.backbone}, {sum(p.numel() for p in weights):,} parameters, {device}, {cfg.precision}, {world} process(es), "
         f"{torch.get_num_threads()} threads; {cfg.steps:,} steps of {cfg.batch_size} x {cfg.hypotheses} chunks -> {cfg.out}"
     )
+    if cfg.hypotheses == 1:
+        say("G = 1: no second hypothesis to repel, so several ways of the expert are averaged; 2 or more keep them apart")
 
     # ---- resume -----------------------------------------------------------------------------------------------------
     out, step, best, seconds = Path(cfg.out), 0, -math.inf, 0.0
@@ -361,7 +372,8 @@ def main() -> None:
             keep_earlier_run(out, say)
         with plain_errors():
             out.mkdir(parents=True, exist_ok=True)
-            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+            if state is None:
+                (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
             columns = ["seconds", "lr", "distance", "scale", *forces, "grad_norm", *EVALUATION_COLUMNS]
             log = RunLog(out, columns, step)
     signals = catch_signals()
@@ -453,21 +465,26 @@ def main() -> None:
             bar.set_postfix(shown)
         if row:
             log.write(step, {"seconds": wall(), **row})
-        stop = average_over_ranks(torch.tensor(float(bool(signals)))) > 0 if world > 1 else bool(signals)
+        stop = average_over_ranks(torch.tensor(float(bool(signals)), device=device)) > 0 if world > 1 else bool(signals)
         if first and (evaluating or stop or step % cfg.save_every == 0):
             save_state()
         if first and evaluating:
             plot_curves(log, task, out / "curve.png")
         if stop:
             bar.close()
+            if first:
+                log.close()
             say(f"stopped at step {step:,}; {out / 'state.pt'} is saved. Go on with --resume.")
             sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
     bar.close()
 
+    for number in (signal.SIGINT, signal.SIGTERM):  # the training is saved: from here on they stop at once
+        signal.signal(number, signal.default_int_handler)
+
     # ---- final evaluation: starts that no decision has seen --------------------------------------------------------------
     if first:
         log.close()
-        finish(task, out, cfg.report_episodes, wall)
+        finish(task, out, cfg.report_episodes, device, wall)
     if world > 1:
         torch.distributed.destroy_process_group()
 

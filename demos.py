@@ -15,7 +15,9 @@ Errors are ValueError (the content is wrong), OSError (the file cannot be had) o
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import json
+import os
 import urllib.request
 import zipfile
 from collections.abc import Callable, Sequence
@@ -84,9 +86,9 @@ def read_zarr(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
 
     Returns: those of `names` that the store holds, and episode_ends. Other arrays (images of 700 MB) are not read.
     """
-    import zarr
-
     try:
+        import zarr
+
         if path.is_dir():
             root = zarr.open_group(str(path), mode="r")
         else:  # the zip's own checksums guard its pieces
@@ -102,9 +104,12 @@ def read_zarr(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
             if path.is_dir():
                 check_pieces(path / node.path)
         arrays = {name: node[:] for name, node in nodes.items()}
-    except (KeyError, ValueError, RuntimeError, zipfile.BadZipFile, FileNotFoundError) as error:
+    except ImportError as error:
+        raise ImportError(f"replay buffers need zarr: pip install 'zarr>=3' ({error})") from error
+    except Exception as error:  # a damaged store fails in many ways, from zlib's errors to zarr's; all mean the same
         raise ValueError(
-            f"{path} is not a whole replay buffer (data/<name>, meta/episode_ends): {error}. Copy it again."
+            f"{path} is not a whole replay buffer (data/<name>, meta/episode_ends): {error}. Copy it again; "
+            "a downloaded one, delete and fetch again."
         ) from error
     return arrays, arrays.pop("episode_ends")
 
@@ -131,8 +136,10 @@ def read_npz(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in names if name in file}
             return arrays, file["episode_ends"]
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a whole .npz with episode_ends and {', '.join(names)}: {error}") from error
+    except Exception as error:  # a damaged file fails in many ways, in zip, zlib or numpy; all mean the same
+        raise ValueError(
+            f"{path} is not a whole .npz with episode_ends and {', '.join(names)}: {error}. Copy it again."
+        ) from error
 
 
 READERS: dict[str, Callable[[Path, Sequence[str]], tuple[Arrays, np.ndarray]]] = {
@@ -197,7 +204,7 @@ def load(
 
 def download(url: str, path: Path, timeout_s: float = 30.0) -> None:
     """Fetch url to path, with a progress bar; the file appears only when whole. timeout_s: longest silence, seconds."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes of one training do not meet
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with urllib.request.urlopen(url, timeout=timeout_s) as response, open(part, "wb") as file:
@@ -209,7 +216,7 @@ def download(url: str, path: Path, timeout_s: float = 30.0) -> None:
         if size and part.stat().st_size != size:
             raise OSError(f"{part.stat().st_size} of {size} bytes arrived")
         part.replace(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         part.unlink(missing_ok=True)
         raise OSError(
             f"cannot fetch {url}: {error}. Without a network, fetch that file on another machine and give its path with "
@@ -225,7 +232,8 @@ class Windows:
 
     A window is Tp consecutive steps of one episode; its observation history is its first To steps, so that action To-1 belongs to
     the newest observation. Windows reach To-1 steps before an episode and Ta-1 behind it; there the first or last
-    step is repeated (Diffusion Policy's padding), so that the policy learns to start from rest and to hold the end.
+    step is repeated (Diffusion Policy's padding), so that the policy learns to start from rest and to hold the end. Episodes
+    shorter than Tp - (To-1) - (Ta-1) steps give no window.
     """
 
     def __init__(self, demos: Demos, obs_steps: int, horizon: int, action_steps: int, device: torch.device | str = "cpu"):
@@ -236,7 +244,8 @@ class Windows:
             index.append((first[:, None] + np.arange(horizon)).clip(start, end - 1))
         index = np.concatenate(index)
         if len(index) == 0:
-            raise ValueError(f"{demos.source}: every episode is too short for one window of {horizon} steps")
+            shortest = horizon - obs_steps - action_steps + 2
+            raise ValueError(f"{demos.source}: every episode is shorter than {shortest} steps, too short for a window")
         self.index = torch.from_numpy(index).to(device)  #                             (windows, Tp)
         self.obs = {key: torch.from_numpy(value).to(device) for key, value in demos.obs.items()}
         self.actions = torch.from_numpy(demos.actions).to(device)

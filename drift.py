@@ -58,7 +58,7 @@ def global_scale(d: Tensor, w: Tensor | None = None, reduce: Reduce | None = Non
     if w is None:
         return average(d.mean((-3, -2, -1), keepdim=True))
     w = w.unsqueeze(-2)  #                                                    (..., B, 1, M)
-    return average((d * w).mean((-3, -2, -1), keepdim=True)) / average(w.mean((-3, -2, -1), keepdim=True))
+    return average((d * w).mean((-3, -2, -1), keepdim=True)) / average(w.mean((-3, -2, -1), keepdim=True)).clamp_min(1e-12)
 
 
 def affinity(d_normalised: Tensor, w: Tensor | None, temperature: float) -> Tensor:

@@ -35,7 +35,6 @@ class Task:
     score: str  # what `score` measures, for people
     obs_shapes: dict[str, tuple[int, ...]]  # shape of one step of each observation key
     action_dim: int
-    max_steps: int  # environment steps per episode
     make: Callable[[int, int], object]  # (num_envs, obs_steps) -> vectorised environment
     demo_arrays: tuple[str, ...]  # arrays to read from a demonstration file
     demo_convert: Callable[[Arrays], tuple[Arrays, np.ndarray]]  # those arrays -> (obs, actions), environment units
@@ -103,7 +102,7 @@ class PushT:
     Starts: gym-pusht's own, numpy's PCG64 from the seed (Diffusion Policy draws other starts from the same seed).
     """
 
-    MAX_STEPS, SUCCESS = 300, 0.95
+    MAX_STEPS = 300
 
     def __init__(self, num_envs: int, obs_steps: int):
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory, no display needed
@@ -177,7 +176,6 @@ TASKS = {
         score="largest coverage / 0.95",
         obs_shapes={"state": (20,)},
         action_dim=2,
-        max_steps=PushT.MAX_STEPS,
         make=PushT,
         demo_arrays=("state", "action"),
         demo_convert=pusht_demos,

@@ -1,7 +1,7 @@
 """A checkpoint -> score with its interval, latency of one policy call, and a picture.
 
     python evaluate.py --ckpt runs/pusht/dbp.pt                               100 unseen starts, about 15 s
-    python evaluate.py --ckpt runs/pusht/dbp.pt --gif push.gif --episodes 4   watch it
+    python evaluate.py --ckpt runs/pusht/dbp.pt --gif push.gif --episodes 3   watch it, at four times the real speed
     python evaluate.py --ckpt runs/pusht/dbp.pt --json                        one line for programs
 
 Protocol: episode i starts from seed seed_start + i; each decision draws one latent and makes one network call (1 NFE, no
@@ -33,10 +33,10 @@ class Config:
     ckpt: str = "runs/pusht/dbp.pt"  # checkpoint of any training script
     env: str = ""  # task; empty: the one the checkpoint was trained for, another is refused
     episodes: int = 100  # number of episodes
-    seed_start: int = 100_000  # seed of the first start; the published protocol counts from 100,000 too
+    seed_start: int = 100_000  # seed of the first start; other starts than Diffusion Policy's of the same seed
     seed: int = 0  # seed of the latents
     latent_scale: float | None = None  # std of the latents; none: the checkpoint's; 1: Eq. (7); 0: the centre
-    device: str = "cpu"  # cpu, cuda, cuda:1, ...; for one small network the CPU is the fastest
+    device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
     gif: str = ""  # write a film of the first three episodes here
     json: bool = False  # print nothing but one JSON line
 
@@ -138,6 +138,11 @@ def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     if cfg.episodes < 1:
         raise UserError(f"--episodes is {cfg.episodes}; at least 1 is needed", 2)
+    for name in ("seed", "seed_start"):
+        if not 0 <= getattr(cfg, name) < 2**63:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be between 0 and 2^63", 2)
+    if cfg.latent_scale is not None and not 0 <= cfg.latent_scale < np.inf:
+        raise UserError(f"--latent-scale is {cfg.latent_scale}; it must be a number from 0 on", 2)
     device = usable_device(cfg.device)
     policy = Policy.load(cfg.ckpt, device)
     if cfg.latent_scale is not None:
@@ -151,10 +156,10 @@ def main() -> None:
     seeds = list(range(cfg.seed_start, cfg.seed_start + cfg.episodes))
     results = rollout(policy, task, seeds, cfg.seed, film=bool(cfg.gif))
     line = report(policy, results, cfg.seed_start)
-    if cfg.gif:
-        write_gif(results["frames"], cfg.gif)
     if cfg.json:
         print(json.dumps(line))
+        if cfg.gif:
+            write_gif(results["frames"], cfg.gif)
         return
     print(f"{cfg.ckpt}: {task.name}, {cfg.episodes} episodes from seed {cfg.seed_start}, {time.perf_counter() - start:.0f} s")
     print(f"  score         {line['score']:.3f}   {interval_text(line)}   ({task.score})")
@@ -164,6 +169,7 @@ def main() -> None:
         f"{line['parameters']:,} parameters, {device}"
     )
     if cfg.gif:
+        write_gif(results["frames"], cfg.gif)
         print(f"  film          {cfg.gif}")
 
 

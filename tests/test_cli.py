@@ -276,7 +276,7 @@ BAD_INPUT = [  # script, settings, exit status, words of the message
     (TRAIN, {"action_steps": 8}, 2, "action_steps is 8; with obs_steps = 2 and horizon = 8 it must be between 1 and 7"),
     (TRAIN, {"backbone": "unet", "horizon": 10}, 2, "horizon is 10"),
     (TRAIN, {"device": "warp"}, 2, "--device warp"),
-    (TRAIN, {"env": "walkman"}, 1, "'walkman'"),
+    (TRAIN, {"env": "walkman"}, 2, "'walkman'"),
     (TRAIN, {"demos": "nowhere.npz"}, 1, "no demonstrations at nowhere.npz"),
     (TRAIN, {"demos": "nan.npz"}, 1, "action has NaN or infinity at step 17"),
     (TRAIN, {"ckpt": "nowhere.pt"}, 1, "no checkpoint at nowhere.pt"),

@@ -73,7 +73,7 @@ def test_windows_equal_a_naive_loop(horizons):
 
 def test_windows_of_episodes_that_are_all_too_short():
     data = demos.Demos({"a": np.zeros((6, 1), np.float32)}, np.zeros((6, 1), np.float32), np.array([3, 6]), "short file")
-    with pytest.raises(ValueError, match=r"short file.*16 steps"):
+    with pytest.raises(ValueError, match=r"short file.*8 steps"):
         demos.Windows(data, 2, 16, 8)
 
 
