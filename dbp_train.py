@@ -11,7 +11,7 @@ One step: B observations, G latents each, G chunks from one forward pass (24), t
 the drifted chunks (drift.py), one optimiser step, one step of the averaged weights. Now and then the averaged policy
 acts in the simulator; the best one by score becomes the checkpoint. All results are in runs/<env>/:
 
-    dbp.pt          the policy: evaluate.py, dbpo_finetune.py and Policy.load read it
+    dbp.pt          the policy: evaluate.py and Policy.load read it
     state.pt        everything that --resume needs
     config.json     the resolved settings     metrics.csv     what the console showed     tensorboard/   the same
     curve.png       learning curves           rollout.gif     the policy at work          result.json    final numbers
@@ -58,38 +58,38 @@ class Config:
 
     env: str = "pusht"  # task, a row of envs.TASKS
     demos: str = "embedded"  # embedded, official, or a path (.zarr, .zip, .npz)
-    mirror: bool = False  # add every demonstration in the task's mirror (Push-T has one): more variety, but slower to learn
     preset: Literal["fast", "best", "paper"] = "fast"  # fast: three minutes; best: eight; paper: Tables VII and VIII
     out: str = ""  # run folder; empty: runs/<env>
     ckpt: str = ""  # start from the weights and normaliser of this checkpoint; empty: from scratch
     resume: bool = False  # go on from state.pt in the run folder, bit for bit
+    mirror: bool = False  # add each demonstration's mirror image, where the task has a mirror; DEPARTS paper: none
     seed: int = 0  # of the network, the minibatches and the latents
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the network; auto: the faster, timed at the start
     compile: bool = False  # torch.compile the network
 
     steps: int = 8_000  # gradient steps
-    batch_size: int = 128  # B, observations per step, over all processes
+    batch_size: int = 128  # B, observations per step, over all processes; DEPARTS Table VII: 32
     hypotheses: int = 4  # G; Table VII: 4
     temperatures: tuple[float, ...] = (0.2,)  # T; Table VII: 0.2 for Push-T
     stepwise: bool = False  # step-wise instead of chunk mode, Eq. (11)
 
     lr: float = 1e-3  # peak learning rate of AdamW
-    lr_schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up: cosine to 0, or constant (Table VII)
+    lr_schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up; DEPARTS cosine to 0, Table VII: constant
     warmup: int = 300  # steps of linear warm-up; Table VII: 500
-    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW; Table VII: 0.95, 0.999
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW; DEPARTS Table VII: 0.95, 0.999
     weight_decay: float = 1e-6  # of AdamW; released: 1e-6
     grad_clip: float = 1.0  # largest norm of the gradient; Table VII: 1.0
     ema_power: float = 0.75  # averaged weights: decay 1 - (1 + t)^-power; Table VII
     ema_max_decay: float = 0.9999  # ... at most this; Table VII
 
-    obs_noise: float = 0.02  # std of the noise on observations in training, in halves of each coordinate's range; paper: none
+    obs_noise: float = 0.02  # std of noise on observations in training, in halves of their range; DEPARTS paper: none
 
     obs_steps: int = 2  # To; Table VII
     horizon: int = 16  # Tp; Table VII
     action_steps: int = 8  # Ta; Table VII
-    latent_scale: float = 0.8  # std of the latents when acting; Eq. (7): 1
-    backbone: Literal["mlp", "unet"] = "mlp"  # mlp: residual MLP; unet: conditional U-Net 1D of Table VIII
+    latent_scale: float = 0.8  # std of the latents when acting; DEPARTS Eq. (7): 1
+    backbone: Literal["mlp", "unet"] = "mlp"  # DEPARTS mlp: small residual MLP; unet: conditional U-Net 1D of Table VIII
     cond_width: int = 512  # mlp: features of the observation trunk, which runs once per observation
     cond_depth: int = 2  # mlp: its residual blocks
     width: int = 128  # mlp: features of the chunk trunk, which runs G times per observation
@@ -105,7 +105,7 @@ PRESETS: dict[str, dict] = {
     "fast": {},
     "best": {"steps": 24_000, "mirror": True, "eval_every": 8_000},
     "paper": {
-        "steps": 75_600,  # 100 epochs of 24,208 windows in batches of 32
+        "steps": 75_600,  # 100 epochs of the 24,208 windows of the human demonstrations, in batches of 32
         "batch_size": 32,
         "lr": 1e-4,  # lost in our copy of the paper; released: 1e-4
         "lr_schedule": "constant",
@@ -122,7 +122,7 @@ SELECTION_SEED = 50_000  # first start of the evaluations that choose the checkp
 REPORT_SEED = 100_000  # first start of the final evaluation
 LOG_EVERY = 100  # steps between rows of metrics.csv
 EVALUATION_COLUMNS = ["score", "score_low", "score_high", "success_rate"]
-FREE_ON_RESUME = {"resume", "out", "device", "compile"}  # what --resume may change: nothing that alters the numbers
+FREE_ON_RESUME = {"resume", "out", "device", "compile"}  # what --resume may change; another device gives other last digits
 
 
 def check(cfg: Config) -> None:
@@ -413,7 +413,7 @@ def main() -> None:
         which = torch.randint(len(windows), (cfg.batch_size,), generator=generator)[share]
         z = torch.randn(cfg.batch_size, cfg.hypotheses, cfg.horizon, task.action_dim, generator=generator)[share]
         obs, chunk = windows[which.to(device)]
-        if cfg.obs_noise:  # DEPARTS a little noise on the observation: with few demonstrations it is worth more than more steps
+        if cfg.obs_noise:  # with few demonstrations a little noise is worth more than more steps
             obs = {key: value + noise(key) for key, value in obs.items()}
         expert = policy.normalize_action(chunk).unsqueeze(1)  #                    (B, 1, Tp, Da)
 

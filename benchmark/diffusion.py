@@ -4,7 +4,8 @@
 
 First `dbp_train.py --preset fast` runs and its training seconds are taken; then the same network, told the noise level, learns to
 predict the noise for as many seconds. Both act on the same 100 unseen starts. Diffusion has what its authors give it:
-squared-cosine schedule, 100 steps in training and acting, clipped x0, averaged weights; cosine learning rate as ours.
+squared-cosine schedule, 100 steps in training and acting, clipped x0, averaged weights; and what DBP's preset has: cosine
+learning rate, noise on the observations. DBP acts with latents of std 0.8 (its preset) and, second row, of std 1.
 The row goes to benchmark/results/diffusion.jsonl.
 """
 
@@ -43,9 +44,7 @@ class Config:
     seed: int = 0  # of both
     seconds: float = 0.0  # training time of diffusion; 0: as long as DBP took
     dbp: str = "runs/benchmark/diffusion-dbp"  # run folder of DBP; a finished run there is taken as it is
-    batch_size: int = (
-        256  # SILENT rows are worth more than noise draws per row: with one draw each, the cost per step is as DBP's
-    )
+    batch_size: int = 256  # one noise draw per row: more rows cost what DBP's four hypotheses cost
     lr: float = 1e-3  # peak learning rate
 
 
@@ -82,7 +81,7 @@ class DiffusionPolicy(Policy):
         return x
 
 
-def train(cfg: Config, dbp: Policy, seconds: float) -> tuple[DiffusionPolicy, int]:
+def train(cfg: Config, dbp: Policy, seconds: float, obs_noise: float) -> tuple[DiffusionPolicy, int]:
     torch.manual_seed(cfg.seed)
     task, c = envs.get_task("pusht"), dbp.config
     data = demos.load(cfg.demos, task.name, task.demo_arrays, task.demo_convert)
@@ -95,6 +94,7 @@ def train(cfg: Config, dbp: Policy, seconds: float) -> tuple[DiffusionPolicy, in
     bar = tqdm(total=round(seconds), unit="s", desc="diffusion")
     while (elapsed := time.perf_counter() - start) < seconds:
         obs, chunk = windows[torch.randint(len(windows), (cfg.batch_size,))]
+        obs = {key: o + obs_noise * policy.normalize_obs[key].half_range * torch.randn(o.shape) for key, o in obs.items()}
         x0 = policy.normalize_action(chunk).unsqueeze(1)
         k, eps = torch.randint(LEVELS, (cfg.batch_size,)), torch.randn_like(x0)
         level = policy.alpha_bar[k].view(-1, 1, 1, 1)
@@ -112,20 +112,31 @@ def train(cfg: Config, dbp: Policy, seconds: float) -> tuple[DiffusionPolicy, in
     return ema.policy, step
 
 
+def check_dbp(cfg: Config, folder: Path) -> dict:
+    """The settings of the DBP run, which must be about the same data and seed."""
+    settings = json.loads((folder / "config.json").read_text())
+    for name in ("demos", "seed"):
+        if settings[name] != getattr(cfg, name):
+            sys.exit(f"{folder} was trained with {name} = {settings[name]}, not {getattr(cfg, name)}; give another --dbp")
+    return settings
+
+
 def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     dbp_folder = ROOT / cfg.dbp
     if not (dbp_folder / "result.json").is_file():
         command = [sys.executable, "dbp_train.py", "--demos", cfg.demos, "--seed", str(cfg.seed), "--out", str(dbp_folder)]
         subprocess.run(command, cwd=ROOT, check=True)
+    settings = check_dbp(cfg, dbp_folder)
     dbp = Policy.load(dbp_folder / "dbp.pt")
     rows = (dbp_folder / "metrics.csv").read_text().split("\n")
     seconds = cfg.seconds or float(rows[-2].split(",")[1])  # up to the end of training, selection included
-    diffusion, steps = train(cfg, dbp, seconds)
+    diffusion, steps = train(cfg, dbp, seconds, settings["obs_noise"])
 
     seeds, task, lines = list(range(100_000, 100_100)), envs.get_task("pusht"), {}
-    for name, policy in (("dbp", dbp), ("diffusion", diffusion)):
+    for name, policy, scale in (("dbp", dbp, dbp.config.latent_scale), ("dbp_std1", dbp, 1.0), ("diffusion", diffusion, 1.0)):
         torch.manual_seed(0)
+        policy.config = dataclasses.replace(policy.config, latent_scale=scale)
         lines[name] = evaluate.report(policy, evaluate.rollout(policy, task, seeds), seeds[0])
     # The ratio of times comes from calls in turn, so that a slow moment of the machine hits both.
     obs, ratios = {"state": np.zeros((1, dbp.config.obs_steps, 20), np.float32)}, []
