@@ -2,7 +2,7 @@
 
     python dbp_train.py --env pusht --steps 300             half a minute, proves the installation
     python dbp_train.py --env pusht                         three minutes on two cores, score 0.9 and more
-    python dbp_train.py --env pusht --preset best           eight minutes
+    python dbp_train.py --env pusht --preset best           nine minutes
     python dbp_train.py --env pusht --preset paper          the paper's network and settings (Tables VII, VIII); wants a GPU
     python dbp_train.py --env pusht --resume                go on where a run was stopped
     torchrun --nproc-per-node 2 dbp_train.py --env pusht    the same gradients from two processes
@@ -58,7 +58,7 @@ class Config:
 
     env: str = "pusht"  # task, a row of envs.TASKS
     demos: str = "embedded"  # embedded, official, or a path (.zarr, .zip, .npz)
-    preset: Literal["fast", "best", "paper"] = "fast"  # fast: three minutes; best: eight; paper: Tables VII and VIII
+    preset: Literal["fast", "best", "paper"] = "fast"  # fast: three minutes; best: nine; paper: Tables VII and VIII
     out: str = ""  # run folder; empty: runs/<env>
     ckpt: str = ""  # start from the weights and normaliser of this checkpoint; empty: from scratch
     resume: bool = False  # go on from state.pt in the run folder, bit for bit
