@@ -40,7 +40,7 @@ class Config:
     size_mb: float = 1.9  # stop adding episodes here
 
 
-def attempt(policy: Policy, env: envs.PushT, seeds: list[int], latent_seed: int, latent_scale: float) -> list[Episode | None]:
+def attempt(policy: Policy, env: envs.PushT, seeds: list[int], latent_seed: int) -> list[Episode | None]:
     """One episode per seed; None where it did not succeed."""
     c = policy.config
     generator = torch.Generator().manual_seed(latent_seed)
@@ -50,8 +50,7 @@ def attempt(policy: Policy, env: envs.PushT, seeds: list[int], latent_seed: int,
     done = np.zeros(len(seeds), bool)
     while not done.all():
         # Rounded to 1/64 pixel, which compresses to half the size; the simulator gets just what the file says.
-        z = latent_scale * torch.randn(len(seeds), c.horizon, c.action_dim, generator=generator)
-        chunks = np.round(policy.act(obs, z).numpy() * 64) / 64
+        chunks = np.round(policy.act(obs, generator=generator).numpy() * 64) / 64
         for t in range(c.action_steps):
             for i in np.flatnonzero(~done):
                 states[i].append(env.states[i][-1])
@@ -65,6 +64,7 @@ def attempt(policy: Policy, env: envs.PushT, seeds: list[int], latent_seed: int,
 def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     policy = Policy.load(cfg.ckpt)
+    policy.config = dataclasses.replace(policy.config, latent_scale=cfg.latent_scale)
     batch, kept, successes = 50, [], 0
     bar = tqdm(total=cfg.starts * cfg.attempts, unit="episode")
     for first in range(0, cfg.starts, batch):
@@ -72,7 +72,7 @@ def main() -> None:
         env = envs.PushT(len(seeds), policy.config.obs_steps)
         best: list[Episode | None] = [None] * len(seeds)
         for k in range(cfg.attempts):
-            for i, episode in enumerate(attempt(policy, env, seeds, cfg.seed_start + 1000 * first + k, cfg.latent_scale)):
+            for i, episode in enumerate(attempt(policy, env, seeds, cfg.seed_start + 1000 * first + k)):
                 successes += episode is not None
                 if episode is not None and (best[i] is None or len(episode[0]) < len(best[i][0])):
                     best[i] = episode
