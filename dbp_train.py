@@ -68,8 +68,8 @@ class Config:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the network; auto: the faster, timed at the start
     compile: bool = False  # torch.compile the network
 
-    steps: int = 8_000  # gradient steps
-    batch_size: int = 128  # B, observations per step, over all processes; DEPARTS Table VII: 32
+    steps: int = 5_500  # gradient steps
+    batch_size: int = 256  # B, observations per step, over all processes; DEPARTS Table VII: 32
     hypotheses: int = 4  # G; Table VII: 4
     temperatures: tuple[float, ...] = (0.2,)  # T; Table VII: 0.2 for Push-T
     stepwise: bool = False  # step-wise instead of chunk mode, Eq. (11)
@@ -95,7 +95,7 @@ class Config:
     width: int = 128  # mlp: features of the chunk trunk, which runs G times per observation
     depth: int = 2  # mlp: its residual blocks
 
-    eval_every: int = 4_000  # steps between evaluations; the best by score is kept
+    eval_every: int = 2_750  # steps between evaluations; the best by score is kept
     eval_episodes: int = 50  # episodes of such an evaluation, starts from seed 50,000 on
     report_episodes: int = 100  # episodes of the final one, starts from seed 100,000 on
     save_every: int = 1_000  # steps between saves of state.pt
@@ -103,7 +103,7 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "fast": {},
-    "best": {"steps": 24_000, "mirror": True, "eval_every": 8_000},
+    "best": {"steps": 16_000, "mirror": True, "eval_every": 4_000},
     "paper": {
         "steps": 75_600,  # 100 epochs of the 24,208 windows of the human demonstrations, in batches of 32
         "batch_size": 32,

@@ -3,24 +3,31 @@
 A vectorised environment here is any object with
 
     num_envs                 number of environments N
-    reset(seeds) -> obs      one seed per environment; obs {key: (N, To, ...)}, the first observation repeated
-    step(chunks) -> (obs, reward, done, info)
-                             chunks (N, Ta, Da) in environment units; reward (N,) summed over the chunk; done (N,) bool: the
-                             episode is over, and what follows for that environment is ignored until the next reset
+    reset(seeds, which)      start an episode in the environments `which` (all if None), one seed for each of them
+        -> obs               {key: (N, To, ...)} of all environments; at a start the first observation is repeated
+    step(chunks)             chunks (N, Ta, Da), environment units
+        -> (obs, reward, terminated, truncated, info)
+                             reward (N,) summed over the chunk. terminated (N,) bool: the task ended the episode; truncated: the
+                             time limit did. An ended environment rests: it shows its last observation, ignores its
+                             chunks and earns 0 until its next reset, so nobody has to dig out a "final observation"
     record(which)            keep a picture of these environments after every environment step, in
     frames                   one list per recorded environment, of (H, W, 3) uint8
     close()
 
-info holds `score` (N,), the task's measure so far in the episode, `success` (N,) bool, `length` (N,) steps. Simulators are
-imported when they are first used. Errors are ValueError, or ImportError with the pip line.
+info holds `score` (N,), the task's measure so far in the episode, `success` (N,) bool, `length` (N,) steps. An environment is a
+function of its seed and its chunks: who repeats them gets the same episode. Simulators are imported when they are first used.
+Errors are ValueError, ImportError with the pip line, or SimulationError where a simulator fails in the middle of an episode.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
@@ -39,12 +46,22 @@ class Task:
     demo_arrays: tuple[str, ...]  # arrays to read from a demonstration file
     demo_convert: Callable[[Arrays], tuple[Arrays, np.ndarray]]  # those arrays -> (obs, actions), environment units
     demo_mirror: Callable[[Arrays], Arrays] | None = None  # those arrays -> the same episodes in the task's mirror, if it has one
+    train: dict[str, object] = dataclasses.field(default_factory=dict)  # defaults of dbp_train.py that this task changes
+
+
+class SimulationError(RuntimeError):
+    """The simulator failed: NaN, an exception of its own, a worker process that died."""
 
 
 def get_task(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
     return TASKS[name]
+
+
+def check_chunks(chunks: np.ndarray, num_envs: int, action_dim: int) -> None:
+    if chunks.ndim != 3 or len(chunks) != num_envs or chunks.shape[1] < 1 or chunks.shape[2] != action_dim:
+        raise ValueError(f"chunks has shape {chunks.shape}; it must be ({num_envs}, Ta, {action_dim})")
 
 
 # --- Push-T -----------------------------------------------------------------------------------------------------------
@@ -123,6 +140,8 @@ class PushT:
 
         self.tables = [Table(obs_type="state", visualization_width=256, visualization_height=256) for _ in range(num_envs)]
         self.num_envs, self.obs_steps = num_envs, obs_steps
+        self.states = [deque(maxlen=obs_steps)] * num_envs
+        self.steps, self.score, self.success = np.zeros(num_envs, int), np.zeros(num_envs), np.zeros(num_envs, bool)
         self.record(())
 
     def record(self, which: Sequence[int]) -> None:
@@ -132,32 +151,29 @@ class PushT:
         if i in self.recorded:
             self.frames[self.recorded.index(i)].append(self.tables[i].render())
 
-    def reset(self, seeds: Sequence[int]) -> dict[str, np.ndarray]:
-        states = [table.reset(seed=int(seed))[0] for table, seed in zip(self.tables, seeds, strict=True)]
-        self.steps = np.zeros(self.num_envs, int)
-        self.done = np.zeros(self.num_envs, bool)
-        self.score = np.zeros(self.num_envs)
-        self.success = np.zeros(self.num_envs, bool)
-        self.states = [deque([state] * self.obs_steps, self.obs_steps) for state in states]
-        for i in self.recorded:
+    def reset(self, seeds: Sequence[int], which: Sequence[int] | None = None) -> Arrays:
+        for i, seed in zip(range(self.num_envs) if which is None else which, seeds, strict=True):
+            state = self.tables[i].reset(seed=int(seed))[0]
+            self.states[i] = deque([state] * self.obs_steps, self.obs_steps)
+            self.steps[i], self.score[i], self.success[i] = 0, 0.0, False
             self._film(i)
         return self._observe()
 
-    def step(self, chunks: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    def step(self, chunks: np.ndarray) -> tuple[Arrays, np.ndarray, np.ndarray, np.ndarray, Arrays]:
+        check_chunks(chunks, self.num_envs, 2)
         reward = np.zeros(self.num_envs)
         for i, (table, chunk) in enumerate(zip(self.tables, chunks, strict=True)):
             for action in chunk:
-                if self.done[i]:
+                if self.success[i] or self.steps[i] >= self.MAX_STEPS:
                     break
                 state, step_reward, self.success[i], _, _ = table.step(action.astype(np.float64))
                 self.states[i].append(state)
                 self.steps[i] += 1
                 reward[i] += step_reward
                 self.score[i] = max(self.score[i], step_reward)
-                self.done[i] = self.success[i] or self.steps[i] >= self.MAX_STEPS
                 self._film(i)
         info = {"score": self.score.copy(), "success": self.success.copy(), "length": self.steps.copy()}
-        return self._observe(), reward, self.done.copy(), info
+        return self._observe(), reward, self.success.copy(), ~self.success & (self.steps >= self.MAX_STEPS), info
 
     def _observe(self) -> dict[str, np.ndarray]:
         states = np.array(self.states)  # (N, To, 5)
@@ -168,6 +184,230 @@ class PushT:
     def close(self) -> None:
         for table in self.tables:
             table.close()
+
+
+# --- locomotion: Hopper, Walker2d, HalfCheetah, Ant ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """A MuJoCo environment of gymnasium. "-v4" is the old "-v2" on today's bindings: same bodies, observations, rewards."""
+
+    gym_id: str
+    obs_skip: int  # leading positions that the observation leaves out
+    velocity_limit: float  # velocities are clipped to this in the observation
+    height: int = 1  # index of the height in qpos
+    angle_range: tuple[float, float] | None = None  # of qpos[2]
+    state_range: tuple[float, float] | None = None  # of qpos[2:] and qvel
+    falls: bool = True  # an unhealthy state ends the episode
+    moves_by_xpos: bool = False  # forward speed from the torso's cartesian position, not from qpos[0]
+
+
+BODIES = {
+    "hopper": Body("Hopper-v4", 1, 10.0, angle_range=(-0.2, 0.2), state_range=(-100.0, 100.0)),
+    "walker2d": Body("Walker2d-v4", 1, 10.0, angle_range=(-1.0, 1.0)),
+    "halfcheetah": Body("HalfCheetah-v4", 1, np.inf, falls=False),
+    "ant": Body("Ant-v4", 2, np.inf, height=2, moves_by_xpos=True),
+}
+OBS_DIMS = {"hopper": (11, 3), "walker2d": (17, 6), "halfcheetah": (17, 6), "ant": (27, 8)}  # observation, action
+
+
+class Locomotion:
+    """N bodies, each chunk simulated by one call of mujoco.rollout per body, on a pool of threads that lives as long as this.
+
+    Equal to the gymnasium environment of the same name, bit for bit (tests/test_locomotion.py). rollout's rows hold no warm
+    start of the contact solver, and without it the next chunk would start from another guess and end in other last
+    digits; so every body keeps an MjData of its own, in which the warm start stays behind, and rollout gets it back.
+    Actions are clipped to [-1, 1], as deployment on a robot would.
+    Score: the undiscounted return of the episode so far. Success: the body reached the time limit of 1,000 steps.
+    """
+
+    MAX_STEPS = 1000
+
+    def __init__(self, num_envs: int, obs_steps: int, body: str, threads: int = 0):
+        """threads: 0 for one per processor."""
+        import gymnasium
+        import mujoco
+        from mujoco import rollout
+
+        with warnings.catch_warnings():  # that v4 is not the newest
+            warnings.simplefilter("ignore")
+            self.gym = gymnasium.make(BODIES[body].gym_id).unwrapped  # model, constants and resets are gymnasium's own
+        self.body, self.model, self.frame_skip = BODIES[body], self.gym.model, self.gym.frame_skip
+        self.num_envs, self.obs_steps, self.action_dim = num_envs, obs_steps, self.model.nu
+        self.threads = min(num_envs, threads or os.cpu_count() or 1)
+        self.pool = ThreadPoolExecutor(self.threads)
+        self.rollouts = [rollout.Rollout(nthread=0) for _ in range(self.threads)]  # each runs in the thread that calls it
+        self.datas = [mujoco.MjData(self.model) for _ in range(num_envs)]
+        self.warm = np.array([data.qacc_warmstart for data in self.datas])  # (N, nv)
+        width = mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_FULLPHYSICS)  # time, qpos, qvel
+        self.control = int(mujoco.mjtState.mjSTATE_CTRL)
+        self.state = np.zeros((num_envs, width))
+        self.forward = np.zeros(num_envs)  # position along the track, metres
+        self.history = np.zeros((num_envs, obs_steps, self._observation(self.state).shape[-1]), np.float32)
+        self.length, self.score = np.zeros(num_envs, int), np.zeros(num_envs)
+        self.fallen = np.zeros(num_envs, bool)
+        self.camera: Callable[[np.ndarray], np.ndarray] | None = None
+        self.record(())
+
+    def reset(self, seeds: Sequence[int], which: Sequence[int] | None = None) -> Arrays:
+        which = range(self.num_envs) if which is None else which
+        for i, seed in zip(which, seeds, strict=True):
+            self.gym.reset(seed=int(seed))
+            data = self.gym.data
+            self.state[i] = np.concatenate([[0.0], data.qpos, data.qvel])
+            self.warm[i] = data.qacc_warmstart
+            self.forward[i] = data.qpos[0]
+            self.history[i] = self._observation(self.state[i])
+            self.length[i], self.score[i], self.fallen[i] = 0, 0.0, False
+            self._film(i, self.state[i])
+        return {"state": self.history.copy()}
+
+    def step(self, chunks: np.ndarray) -> tuple[Arrays, np.ndarray, np.ndarray, np.ndarray, Arrays]:
+        check_chunks(chunks, self.num_envs, self.action_dim)
+        actions = np.asarray(chunks, np.float64).clip(-1, 1)  #                             (N, Ta, Da)
+        steps = actions.shape[1]
+        running = ~self.fallen & (self.length < self.MAX_STEPS)
+        controls = np.repeat(actions, self.frame_skip, 1)
+        states = np.zeros((self.num_envs, steps * self.frame_skip, self.state.shape[1]))
+        forward = np.zeros((self.num_envs, steps))
+        shares = [np.flatnonzero(running)[k :: self.threads] for k in range(self.threads)]
+        jobs = [
+            self.pool.submit(self._simulate, r, s, controls, states, forward) for r, s in zip(self.rollouts, shares, strict=True)
+        ]
+        for job in jobs:
+            job.result()
+        states = states[:, self.frame_skip - 1 :: self.frame_skip]  #                        (N, Ta, state)
+        expected = self.state[:, :1] + self.gym.dt * np.arange(1, steps + 1)  # rollout stops the clock of a body that blew up
+        broken = running & ~(np.isfinite(states).all((1, 2)) & (abs(states[..., 0] - expected) < self.gym.dt / 2).all(1))
+        if broken.any():
+            i = int(np.flatnonzero(broken)[0])
+            raise SimulationError(
+                f"{self.body.gym_id}: the simulation of environment {i} became unstable after its step {self.length[i]}"
+            )
+        if not self.body.moves_by_xpos:
+            forward = states[..., 1]  # qpos[0]
+        speed = np.diff(forward, axis=1, prepend=self.forward[:, None]) / self.gym.dt  #       (N, Ta) m/s
+        alive_reward = getattr(self.gym, "_healthy_reward", 0.0)
+        rewards = speed + alive_reward - self.gym._ctrl_cost_weight * np.square(actions).sum(-1)  # (N, Ta)
+
+        # An episode ends at its first unhealthy state or at the time limit; what was simulated behind it does not count.
+        fell = ~self._healthy(states)
+        over = fell | (self.length[:, None] + np.arange(1, steps + 1) >= self.MAX_STEPS)
+        last = np.where(over.any(1), over.argmax(1), steps - 1)  # index of the last step that counts, (N,)
+        counts = running[:, None] & (np.arange(steps) <= last[:, None])
+        reward = (rewards * counts).sum(1)
+        rows = np.arange(self.num_envs)
+        seen = np.concatenate([self.history, self._observation(states).astype(np.float32)], 1)
+        newest = last[:, None] + 1 + np.arange(self.obs_steps)  # To observations, the last of them that of step `last`
+        self.history[running] = seen[rows[:, None], newest][running]
+        self.state[running], self.forward[running] = states[rows, last][running], forward[rows, last][running]
+        self.length += counts.sum(1)
+        self.score += reward
+        self.fallen |= running & fell[rows, last]
+        for i in self.recorded:
+            for t in range(counts[i].sum()):
+                self._film(i, states[i, t])
+        truncated = ~self.fallen & (self.length >= self.MAX_STEPS)
+        info = {"score": self.score.copy(), "success": truncated.copy(), "length": self.length.copy()}
+        return {"state": self.history.copy()}, reward, self.fallen.copy(), truncated, info
+
+    def _simulate(self, roll, share: np.ndarray, controls: np.ndarray, states: np.ndarray, forward: np.ndarray) -> None:
+        """Fill states (and forward) of the environments in `share`. Runs in a thread, the simulation without Python's lock."""
+        pieces = forward.shape[1] if self.body.moves_by_xpos else 1  # the torso's position has to be read after every step
+        length = controls.shape[1] // pieces
+        for i in share:
+            data, start, warm = self.datas[i], self.state[i], self.warm[i]
+            for piece in range(pieces):
+                rows = slice(piece * length, (piece + 1) * length)
+                roll.rollout_.rollout(
+                    [self.model], [data], length, self.control,
+                    start[None], warm[None], controls[i : i + 1, rows], states[i : i + 1, rows], None, None,
+                )  # fmt: skip
+                start, warm = states[i, rows][-1], data.qacc_warmstart
+                if pieces > 1:
+                    forward[i, piece] = data.xpos[1, 0]
+            self.warm[i] = warm
+
+    def _observation(self, state: np.ndarray) -> np.ndarray:
+        """time, qpos, qvel (..., 1 + nq + nv) -> (..., features)"""
+        nq, limit = self.model.nq, self.body.velocity_limit
+        return np.concatenate([state[..., 1 + self.body.obs_skip : 1 + nq], state[..., 1 + nq :].clip(-limit, limit)], -1)
+
+    def _healthy(self, state: np.ndarray) -> np.ndarray:
+        if not self.body.falls:
+            return np.ones(state.shape[:-1], bool)
+        low, high = self.gym._healthy_z_range
+        height, angle, rest = state[..., 1 + self.body.height], state[..., 3], state[..., 3:]
+        healthy = (low < height) & (height < high)
+        if self.body.angle_range:
+            healthy &= (self.body.angle_range[0] < angle) & (angle < self.body.angle_range[1])
+        if self.body.state_range:
+            healthy &= ((self.body.state_range[0] < rest) & (rest < self.body.state_range[1])).all(-1)
+        return healthy
+
+    def record(self, which: Sequence[int]) -> None:
+        self.recorded, self.frames = list(which), [[] for _ in which]
+
+    def _film(self, i: int, state: np.ndarray) -> None:
+        if i not in self.recorded:
+            return
+        if self.camera is None:
+            self.camera = _camera(self.model)
+        self.frames[self.recorded.index(i)].append(self.camera(state[1 : 1 + self.model.nq]))
+
+    def close(self) -> None:
+        self.pool.shutdown()
+        self.gym.close()
+
+
+def _camera(model) -> Callable[[np.ndarray], np.ndarray]:
+    """A function qpos -> picture (240, 320, 3) uint8 from the model's following camera. OSError where nothing can be drawn."""
+    import mujoco
+
+    try:
+        renderer, data = mujoco.Renderer(model, 240, 320), mujoco.MjData(model)
+    except Exception as error:  # OpenGL fails in many ways
+        raise OSError(
+            f"MuJoCo cannot draw here ({type(error).__name__}). Without a display: apt-get install libegl1 libgl1-mesa-dri "
+            "libopengl0, and set MUJOCO_GL=egl"
+        ) from error
+
+    def picture(qpos: np.ndarray) -> np.ndarray:
+        data.qpos[:] = qpos
+        mujoco.mj_forward(model, data)
+        renderer.update_scene(data, camera="track")
+        return renderer.render()
+
+    return picture
+
+
+def locomotion_demos(arrays: Arrays, obs_dim: int, action_dim: int) -> tuple[Arrays, np.ndarray]:
+    """D4RL's arrays. Its Ant files hold 111 numbers per observation, of which the last 84 (contact forces) are zeros."""
+    for name, width in (("observations", obs_dim), ("actions", action_dim)):
+        found = arrays[name].shape[1:] if name in arrays else "nothing"
+        if (
+            name not in arrays
+            or arrays[name].ndim != 2
+            or arrays[name].shape[1] < width
+            or (name == "actions" and found != (width,))
+        ):
+            raise ValueError(f"{name} must have shape (steps, {width}); it has {found} per step")
+    return {"state": arrays["observations"][:, :obs_dim]}, arrays["actions"]
+
+
+def locomotion_task(body: str, level: str) -> Task:
+    obs_dim, action_dim = OBS_DIMS[body]
+    return Task(
+        name=f"{body}-{level}-v2",
+        score="undiscounted return",
+        obs_shapes={"state": (obs_dim,)},
+        action_dim=action_dim,
+        make=partial(Locomotion, body=body),
+        demo_arrays=("observations", "actions", "rewards"),
+        demo_convert=partial(locomotion_demos, obs_dim=obs_dim, action_dim=action_dim),
+        train={"obs_steps": 1, "horizon": 4, "action_steps": 4},
+    )
 
 
 TASKS = {
@@ -182,3 +422,4 @@ TASKS = {
         demo_mirror=pusht_mirror,
     ),
 }
+TASKS |= {task.name: task for body in BODIES for level in ("medium", "medium-expert") for task in [locomotion_task(body, level)]}

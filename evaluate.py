@@ -58,7 +58,8 @@ def rollout(policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int 
             running = np.flatnonzero(~done)
             chunks = np.zeros((len(batch), c.action_steps, c.action_dim), np.float32)
             chunks[running] = policy.act({k: v[running] for k, v in obs.items()}, z[running]).cpu().numpy()
-            obs, reward, done, info = env.step(chunks)
+            obs, reward, terminated, truncated, info = env.step(chunks)
+            done = terminated | truncated
             total += reward
         results["score"].append(info["score"])
         results["success"].append(info["success"])

@@ -55,7 +55,8 @@ def attempt(policy: Policy, env: envs.PushT, seeds: list[int], latent_seed: int)
             for i in np.flatnonzero(~done):
                 states[i].append(env.states[i][-1])
                 actions[i].append(chunks[i, t])
-            obs, _, done, info = env.step(chunks[:, t : t + 1])
+            obs, _, terminated, truncated, info = env.step(chunks[:, t : t + 1])
+            done = terminated | truncated
             if done.all():
                 break
     return [(np.array(s), np.array(a)) if ok else None for s, a, ok in zip(states, actions, info["success"], strict=True)]

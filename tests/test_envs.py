@@ -39,7 +39,7 @@ def test_chunks_equal_gym_pusht_step_by_step():
     rng, best = np.random.default_rng(0), [0.0] * 3
     for _ in range(12):
         chunks = np.stack([pushes(rng, state[:2], state[2:4], 8) for state in states])
-        obs, reward, done, info = ours.step(chunks)
+        obs, reward, done, late, info = ours.step(chunks)
         for i, table in enumerate(theirs):
             rewards = []
             for action in chunks[i]:
@@ -50,7 +50,7 @@ def test_chunks_equal_gym_pusht_step_by_step():
             best[i] = max(best[i], *rewards)
             assert reward[i] == sum(rewards)
             assert info["score"][i] == best[i]
-            assert done[i] == info["success"][i] == terminated
+            assert done[i] == info["success"][i] == terminated and not late[i]
         now = np.array(states)
         np.testing.assert_array_equal(obs["state"][:, -1], envs.pusht_state(now[:, :2], now[:, 2:]).astype(np.float32))
     assert (np.abs(now - starts)[:, 2:4].max(1) > 5).all()  # every block was pushed: the parity is one of contacts too
@@ -66,7 +66,7 @@ def test_success_ends_the_episode_in_the_middle_of_a_chunk():
     action = np.array([60, 60], np.float32)
     state, step_reward, terminated, *_ = theirs.step(action.astype(np.float64))
     assert terminated
-    _, reward, done, info = ours.step(np.broadcast_to(action, (2, 8, 2)))
+    _, reward, done, _, info = ours.step(np.broadcast_to(action, (2, 8, 2)))
     assert done.tolist() == info["success"].tolist() == [True, False]
     assert info["length"].tolist() == [1, 8]
     assert info["score"][0] == reward[0] == step_reward == 1
@@ -123,7 +123,7 @@ def test_an_episode_ends_after_300_steps_and_stays_ended():
     rng, rewards, scores = np.random.default_rng(0), [], []
     for chunk in range(1, 40):
         start, block = np.array(env.tables[0].agent.position), np.array(env.tables[0].block.position)
-        _, reward, done, info = env.step(pushes(rng, start, block, 8)[None])
+        _, reward, _, done, info = env.step(pushes(rng, start, block, 8)[None])
         rewards.append(reward[0])
         scores.append(info["score"][0])
         assert info["length"][0] == min(8 * chunk, 300)

@@ -30,7 +30,7 @@ class ToyEnv:
     def __init__(self, num_envs: int, obs_steps: int, lengths: dict[int, int]):
         self.num_envs, self.obs_steps, self.lengths, self.chunks = num_envs, obs_steps, lengths, 0
 
-    def reset(self, seeds):
+    def reset(self, seeds, which=None):
         self.seeds, self.ends = list(seeds), np.array([self.lengths[seed] for seed in seeds])
         self.point = np.array([[seed, 0, 0] for seed in seeds], np.float32)
         return self.observe()
@@ -49,7 +49,7 @@ class ToyEnv:
             "success": done & (self.ends < 3),
             "length": TA * np.minimum(self.chunks, self.ends),
         }
-        return self.observe(), moved[:, 0], done, info
+        return self.observe(), moved[:, 0], done & (self.ends < 3), done & (self.ends >= 3), info
 
     def close(self):
         pass

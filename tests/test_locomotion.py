@@ -1,0 +1,57 @@
+"""envs.Locomotion against gymnasium's environments of the same name, state by state."""
+
+import warnings
+
+import gymnasium
+import numpy as np
+import pytest
+
+import envs
+
+
+def gym_env(body: str) -> gymnasium.Env:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return gymnasium.make(envs.BODIES[body].gym_id)
+
+
+@pytest.mark.parametrize("body", list(envs.BODIES))
+def test_equals_gymnasium_step_by_step(body):
+    """1,000 steps of random actions on each of three bodies; fallen ones start again. All numbers, not only the states."""
+    N, Ta, rng = 3, 4, np.random.default_rng(0)
+    ours = envs.Locomotion(N, 2, body)
+    theirs, ended, falls, limits = [gym_env(body) for _ in range(N)], np.zeros(N, bool), 0, 0
+    seeds = np.arange(N) + 7
+    obs = ours.reset(seeds)["state"]
+    last = [env.reset(seed=int(seed))[0] for env, seed in zip(theirs, seeds, strict=True)]
+    np.testing.assert_array_equal(obs, np.array(last, np.float32)[:, None].repeat(2, 1))
+    total = np.zeros(N)
+    for _ in range(251):
+        chunks = rng.uniform(-1, 1, (N, Ta, ours.action_dim)) * rng.uniform(0, 1, (N, 1, 1))
+        obs, reward, terminated, truncated, info = ours.step(chunks)
+        for i, env in enumerate(theirs):
+            seen, expected, fell, late = [last[i]], 0.0, False, False
+            for action in chunks[i]:
+                observation, r, fell, late, _ = env.step(action)
+                seen.append(observation)
+                expected += r
+                if fell or late:
+                    break
+            total[i] += expected
+            assert abs(reward[i] - expected) < 1e-9
+            assert (terminated[i], truncated[i]) == (fell, late and not fell)
+            assert abs(info["score"][i] - total[i]) < 1e-9
+            state = np.concatenate([env.unwrapped.data.qpos, env.unwrapped.data.qvel])
+            assert np.abs(ours.state[i, 1:] - state).max() < 1e-9
+            np.testing.assert_array_equal(obs["state"][i], np.array(seen[-2:], np.float32))
+            last[i] = seen[-1]
+        ended = terminated | truncated
+        falls, limits = falls + terminated.sum(), limits + truncated.sum()
+        which = np.flatnonzero(ended)
+        seeds[which] += 100
+        if len(which):
+            obs = ours.reset(seeds[which], which)
+            for i in which:
+                last[i], total[i] = theirs[i].reset(seed=int(seeds[i]))[0], 0.0
+    assert falls > 1 or body == "halfcheetah"
+    assert limits > 0 or body != "halfcheetah"
