@@ -1,4 +1,4 @@
-"""What every script needs and no paper explains: checkpoints, the run log, seeding, the process group, errors.
+"""What every script needs and no paper explains: checkpoints, settings, the run log, seeding, the process group, errors.
 
 Checkpoints are one dict of tensors and plain values. They are written to a temporary file, flushed to disk and renamed, so
 that a crash, a full disk or Ctrl-C leaves the previous file whole; they are read with `weights_only=True`, which executes
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import tyro
 from torch import Tensor
 
 FORMAT_VERSION = 1  # of the checkpoints; raised when their layout changes
@@ -102,6 +105,58 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             "Use the version of the project that wrote it."
         )
     return content
+
+
+# --- settings and the run folder ----------------------------------------------------------------------------------------
+
+
+def read_config(cls: type, description: str, defaults: Callable, folder: str, free: set[str]) -> tuple:
+    """Command line -> (settings, the saved state where --resume asks for one, else None).
+
+    Args: cls: a frozen dataclass with env, out and resume; description: its first line introduces --help; defaults: the
+        settings as given -> the defaults under the flags; folder: default of out, with {env}; free: what --resume may change.
+    The settings of a resumed run are its own. Raises UserError where a flag contradicts them.
+    """
+    description = description.split("\n")[0]
+    given = tyro.cli(cls, description=description)
+    out = given.out or folder.format(env=given.env)
+    if not given.resume:
+        return dataclasses.replace(tyro.cli(cls, default=defaults(given), description=description), out=out), None
+    state = load_checkpoint(Path(out) / "state.pt")
+    try:
+        saved = cls(**state["config"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{out}/state.pt was written by another script or version ({error}); it cannot be resumed") from error
+    cfg = dataclasses.replace(tyro.cli(cls, default=saved, description=description), out=out)
+    for field in dataclasses.fields(cls):
+        now, then = getattr(cfg, field.name), getattr(saved, field.name)
+        if field.name not in free and now != then:
+            flag = field.name.replace("_", "-")
+            raise UserError(f"--{flag} is {now}, but the run in {out} has {then}; omit the flag to resume it", 2)
+    return cfg, state
+
+
+def keep_earlier_run(out: Path, say: Callable[[str], None]) -> None:
+    """Move a run that lies in `out` aside, to the first free of <out>.1, <out>.2, ...: nothing is overwritten."""
+    if not any((out / name).exists() for name in ("config.json", "state.pt", "dbp.pt", "dbpo.pt")):
+        return
+    number = next(n for n in range(1, 10_000) if not Path(f"{out}.{n}").exists())
+    with plain_errors():
+        out.rename(f"{out}.{number}")
+    say(f"the earlier run in {out} is now {out}.{number}")
+
+
+def catch_signals() -> list[int]:
+    """A list that Ctrl-C or SIGTERM appends to; the loop looks at it between steps. A second Ctrl-C stops at once."""
+    caught: list[int] = []
+
+    def note(number: int, _) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return caught
 
 
 # --- seeding ----------------------------------------------------------------------------------------------------------

@@ -25,12 +25,10 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 
 import demos
@@ -41,8 +39,10 @@ from common import (
     UserError,
     average_gradients,
     average_over_ranks,
-    load_checkpoint,
+    catch_signals,
+    keep_earlier_run,
     plain_errors,
+    read_config,
     run_main,
     save_checkpoint,
     seed_everything,
@@ -118,10 +118,7 @@ PRESETS: dict[str, dict] = {
     },
 }
 
-SELECTION_SEED = 50_000  # first start of the evaluations that choose the checkpoint
-REPORT_SEED = 100_000  # first start of the final evaluation
 LOG_EVERY = 100  # steps between rows of metrics.csv
-EVALUATION_COLUMNS = ["score", "score_low", "score_high", "success_rate"]
 FREE_ON_RESUME = {"resume", "out", "device", "compile"}  # what --resume may change; another device gives other last digits
 
 
@@ -160,30 +157,14 @@ def check(cfg: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be a number from 0 on", 2)
 
 
-def read_config() -> tuple[Config, dict | None]:
-    """Command line -> settings, and the saved state where --resume asks for one.
-
-    A preset, or on --resume the settings of the run, are the defaults under the flags.
-    """
-    given = tyro.cli(Config, description=__doc__.split("\n")[0])
-    out = given.out or f"runs/{given.env}"
-    if not given.resume:
-        defaults = Config(**PRESETS[given.preset], preset=given.preset)
-        return dataclasses.replace(tyro.cli(Config, default=defaults), out=out), None
-    state = load_checkpoint(Path(out) / "state.pt")
-    try:
-        saved = Config(**state["config"])
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{out}/state.pt is not a state of this version of dbp_train.py ({error}); it cannot be resumed"
-        ) from error
-    cfg = dataclasses.replace(tyro.cli(Config, default=saved), out=out)
-    for field in dataclasses.fields(Config):
-        now, then = getattr(cfg, field.name), getattr(saved, field.name)
-        if field.name not in FREE_ON_RESUME and now != then:
-            flag = field.name.replace("_", "-")
-            raise UserError(f"--{flag} is {now}, but the run in {out} has {then}; omit the flag to resume it", 2)
-    return cfg, state
+def defaults(given: Config) -> Config:
+    """Preset and task are the defaults under the flags."""
+    with plain_errors(2):
+        task = envs.get_task(given.env)
+    settings = {**PRESETS[given.preset], **task.train}  # what the task needs (horizons) goes before what the preset likes
+    if task.demo_mirror is None:
+        settings.pop("mirror", None)
+    return Config(**settings, preset=given.preset)
 
 
 def learning_rate(cfg: Config, step: int) -> float:
@@ -221,10 +202,12 @@ def plot_curves(log: RunLog, task: envs.Task, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     steps, score = log.column("score")
     axes[0].fill_between(steps, log.column("score_low")[1], log.column("score_high")[1], alpha=0.2)
-    axes[0].plot(steps, score, "o-", label=f"score ({task.score})")
-    axes[0].plot(*log.column("success_rate"), "s--", color="tab:green", label="success rate")
-    axes[0].set(ylim=(0, 1.02), title="averaged policy in the simulator")
-    axes[0].legend(loc="lower right")
+    lines = axes[0].plot(steps, score, "o-", label=f"score ({task.score})")
+    axes[0].set(ylim=(0, max(1.02, *log.column("score_high")[1])), title="averaged policy in the simulator")
+    right = axes[0].twinx()
+    lines += right.plot(*log.column("success_rate"), "s--", color="tab:green", label="success rate")
+    right.set(ylim=(0, 1.02))
+    axes[0].legend(handles=lines, loc="lower right")
     axes[1].plot(*log.column("distance"), label="to the expert's chunk")
     axes[1].plot(*log.column("scale"), label="mean distance s")
     axes[1].set(title="distances of the hypotheses (normalised)", ylim=(0, None))
@@ -241,51 +224,11 @@ def plot_curves(log: RunLog, task: envs.Task, path: Path) -> None:
     plt.close(figure)
 
 
-def keep_earlier_run(out: Path, say) -> None:
-    """Move a run that lies in `out` aside, to the first free of <out>.1, <out>.2, ...: nothing is overwritten."""
-    if not any((out / name).exists() for name in ("config.json", "state.pt", "dbp.pt")):
-        return
-    number = next(n for n in range(1, 10_000) if not Path(f"{out}.{n}").exists())
-    with plain_errors():
-        out.rename(f"{out}.{number}")
-    say(f"the earlier run in {out} is now {out}.{number}")
-
-
-def catch_signals() -> list[int]:
-    """A list that Ctrl-C or SIGTERM appends to; the loop looks at it between steps. A second Ctrl-C stops at once."""
-    caught: list[int] = []
-
-    def note(number: int, _) -> None:
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return caught
-
-
-def finish(task: envs.Task, out: Path, episodes: int, device: torch.device, wall: Callable[[], float]) -> None:
-    """The final numbers, on starts that no decision has seen, and the film. The JSON line ends result.json and the output."""
-    policy = Policy.load(out / "dbp.pt", device)
-    results = evaluate.rollout(policy, task, list(range(REPORT_SEED, REPORT_SEED + episodes)), film=True)
-    evaluate.write_gif(results["frames"], out / "rollout.gif")
-    line = evaluate.report(policy, results, REPORT_SEED)
-    print(
-        f"best policy, {episodes} unseen starts: score {line['score']:.3f}, {evaluate.interval_text(line)}, "
-        f"success rate {line['success_rate']:.2f}, {line['latency_ms_p50']:.2f} ms per call\n"
-        f"watch {out / 'rollout.gif'}, see {out / 'curve.png'}"
-    )
-    text = json.dumps({**line, "wall_s": round(wall(), 1)})
-    with plain_errors():
-        (out / "result.json").write_text(text + "\n")
-    print(text)
-
-
 def main() -> None:
     began = time.perf_counter()
 
     # ---- config -----------------------------------------------------------------------------------------------------
-    cfg, state = read_config()
+    cfg, state = read_config(Config, __doc__, defaults, "runs/{env}", FREE_ON_RESUME)
     check(cfg)
     rank, world, device = start_process_group(cfg.device)
     if cfg.batch_size % world:
@@ -346,8 +289,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
     network = torch.compile(policy) if cfg.compile else policy
     loss_of = dbp_loss_stepwise if cfg.stepwise else dbp_loss
+    earned = "" if data.returns is None else f", mean return {data.returns.mean():,.0f} (std {data.returns.std():,.0f})"
     say(
-        f"DBP on {cfg.env}: {data.source}, {len(data.episode_ends)} episodes, {len(data.actions):,} steps\n"
+        f"DBP on {cfg.env}: {data.source}, {len(data.episode_ends)} episodes, {len(data.actions):,} steps{earned}\n"
         f"{cfg.backbone}, {sum(p.numel() for p in weights):,} parameters, {device}, {cfg.precision}, {world} process(es), "
         f"{torch.get_num_threads()} threads; {cfg.steps:,} steps of {cfg.batch_size} x {cfg.hypotheses} chunks -> {cfg.out}"
     )
@@ -374,7 +318,7 @@ def main() -> None:
             out.mkdir(parents=True, exist_ok=True)
             if state is None:
                 (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-            columns = ["seconds", "lr", "distance", "scale", *forces, "grad_norm", *EVALUATION_COLUMNS]
+            columns = ["seconds", "lr", "distance", "scale", *forces, "grad_norm", *evaluate.COLUMNS]
             log = RunLog(out, columns, step)
     signals = catch_signals()
 
@@ -453,15 +397,11 @@ def main() -> None:
             shown |= {"distance": f"{row['distance']:.3f}", "force": f"{row[forces[0]]:.1e}"}
             bar.set_postfix(shown)
         if first and evaluating:
-            seeds = list(range(SELECTION_SEED, SELECTION_SEED + cfg.eval_episodes))
-            results = evaluate.rollout(ema.policy, task, seeds)
-            score = float(results["score"].mean())
-            low, high = evaluate.interval95(results["score"])
-            row |= {"score": score, "score_low": low, "score_high": high, "success_rate": results["success"].mean()}
-            if score > best:
-                best = score
+            row |= evaluate.select(ema.policy, task, cfg.eval_episodes)
+            if row["score"] > best:
+                best = row["score"]
                 ema.policy.save(out / "dbp.pt")
-            shown["score"] = f"{score:.3f} (best {best:.3f})"
+            shown["score"] = f"{row['score']:.3f} (best {best:.3f})"
             bar.set_postfix(shown)
         if row:
             log.write(step, {"seconds": wall(), **row})
@@ -484,7 +424,7 @@ def main() -> None:
     # ---- final evaluation: starts that no decision has seen --------------------------------------------------------------
     if first:
         log.close()
-        finish(task, out, cfg.report_episodes, device, wall)
+        evaluate.finish(Policy.load(out / "dbp.pt", device), task, out, cfg.report_episodes, wall)
     if world > 1:
         torch.distributed.destroy_process_group()
 

@@ -7,6 +7,8 @@ they have in the file; the task (envs.py) turns them into its observation and it
     file                             reader       arrays
     name.zarr (folder), name.zip     read_zarr    data/<name>, meta/episode_ends
     name.npz                         read_npz     <name>, episode_ends
+    name.hdf5                        read_d4rl    <name>; episodes end where terminals or timeouts is true
+    minari:<id>                      read_minari  observations, actions, rewards
 
 Symbols: To obs_steps, Tp horizon, Ta action_steps, Da action dimension, N steps of all episodes together.
 Errors are ValueError (the content is wrong), OSError (the file cannot be had) or ImportError; each names the remedy.
@@ -18,6 +20,7 @@ import dataclasses
 import http.client
 import json
 import os
+import sys
 import urllib.request
 import zipfile
 from collections.abc import Callable, Sequence
@@ -62,6 +65,7 @@ class Demos:
     actions: np.ndarray
     episode_ends: np.ndarray
     source: str  # one line that says which data this is
+    returns: np.ndarray | None = None  # (episodes,) undiscounted, where the data hold rewards
 
     def __post_init__(self):
         ends, n = self.episode_ends, len(self.actions)
@@ -142,10 +146,79 @@ def read_npz(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
         ) from error
 
 
+def read_d4rl(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
+    """D4RL's hdf5: one row per step, flags `terminals` and `timeouts`. An unfinished episode at the end is left out."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(f"hdf5 files need h5py: pip install h5py ({error})") from error
+    try:
+        with h5py.File(path) as file:
+            wanted = [*names, "terminals", "timeouts"]
+            missing = [name for name in wanted if name not in file]
+            wanted += ["next_observations"] if "observations" in names and "next_observations" in file else []
+            if missing:
+                raise ValueError(f"it has no {', '.join(missing)} (it has {', '.join(file)})")
+            arrays = {name: file[name][:] for name in wanted}
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a whole D4RL file: {error}. Copy it again, or give another with --demos.") from error
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{path}: arrays of unequal length: {', '.join(f'{k} {n}' for k, n in lengths.items())}")
+    ends = np.flatnonzero(arrays.pop("terminals").astype(bool) | arrays.pop("timeouts").astype(bool)) + 1
+    if len(ends) == 0:
+        raise ValueError(f"{path} holds no complete episode: terminals and timeouts are all false")
+    arrays = {name: array[: ends[-1]] for name, array in arrays.items()}
+    following = arrays.pop("next_observations", None)
+    if following is not None:
+        arrays["observations"], keep = check_observations(path, arrays["observations"], following, ends)
+        arrays, ends = {name: array[keep] for name, array in arrays.items()}, np.cumsum(keep)[ends - 1]
+    return arrays, ends
+
+
+def check_observations(
+    path: Path, observations: np.ndarray, following: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Within an episode, row i + 1 of `observations` is row i of `next_observations`. Returns observations, rows to keep.
+
+    A recorder that keeps a reference to the simulator's buffer, instead of a copy, writes one row over and over, and a policy
+    trained on that is noise. Such a file is mended from next_observations, but for the first step of each episode, which is lost.
+    """
+    inner = np.ones(len(observations), bool)
+    inner[np.concatenate([[0], ends[:-1]])] = False  # all rows but the first of each episode
+    previous = np.roll(following, 1, 0)
+    if not inner.any() or np.isclose(observations, previous, atol=1e-5).all(-1)[inner].mean() > 0.99:
+        return observations, np.ones(len(observations), bool)
+    print(
+        f"{path}: observations do not follow from next_observations ({len(np.unique(observations, axis=0)):,} distinct rows of "
+        f"{len(observations):,}). They are rebuilt from next_observations, without the first step of each episode.",
+        file=sys.stderr,
+    )
+    return previous, inner
+
+
+def read_minari(dataset_id: str, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
+    """A Minari dataset, by id; fetched where it is not on this machine. Its observations hold one row more per episode."""
+    try:
+        import minari
+    except ImportError as error:
+        raise ImportError(f"Minari datasets need minari: pip install 'minari[hdf5,hf]' ({error})") from error
+    try:
+        episodes = list(minari.load_dataset(dataset_id, download=True).iterate_episodes())
+    except Exception as error:  # no such id, no network, a damaged file: its own errors are many
+        raise ValueError(f"cannot load the Minari dataset {dataset_id!r} ({type(error).__name__}: {error})") from error
+    if not episodes:
+        raise ValueError(f"the Minari dataset {dataset_id!r} holds no episodes")
+    rows = {name: [getattr(episode, name)[: len(episode.actions)] for episode in episodes] for name in names}
+    return {name: np.concatenate(parts) for name, parts in rows.items()}, np.cumsum([len(e.actions) for e in episodes])
+
+
 READERS: dict[str, Callable[[Path, Sequence[str]], tuple[Arrays, np.ndarray]]] = {
     ".zarr": read_zarr,
     ".zip": read_zarr,
     ".npz": read_npz,
+    ".hdf5": read_d4rl,
+    ".h5": read_d4rl,
 }
 
 
@@ -175,11 +248,14 @@ def load(
             download(SOURCES[task].official_url, path)
     else:
         path = Path(source).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"no demonstrations at {path}; --demos takes embedded, official or an existing path")
-    if path.suffix not in READERS:
+    if source.startswith("minari:"):
+        arrays, ends = read_minari(source.removeprefix("minari:"), names)
+    elif not path.exists():
+        raise FileNotFoundError(f"no demonstrations at {path}; --demos takes embedded, official, minari:ID or an existing path")
+    elif path.suffix not in READERS:
         raise ValueError(f"{path}: unknown format {path.suffix!r}; readable are {', '.join(READERS)}")
-    arrays, ends = READERS[path.suffix](path, names)
+    else:
+        arrays, ends = READERS[path.suffix](path, names)
     if source == "official":
         expected = (SOURCES[task].official_episodes, SOURCES[task].official_steps)
         found = (ends.size, int(ends.max(initial=0)))
@@ -199,7 +275,8 @@ def load(
         actions, ends = np.concatenate([actions, mirrored_actions]), np.concatenate([ends, len(actions) + ends])
         label += ", and their mirror images"
     obs = {key: np.ascontiguousarray(value, np.float32) for key, value in obs.items()}
-    return Demos(obs, np.ascontiguousarray(actions, np.float32), np.asarray(ends, np.int64), label)
+    returns = np.add.reduceat(arrays["rewards"], [0, *ends[:-1]]) if "rewards" in arrays else None
+    return Demos(obs, np.ascontiguousarray(actions, np.float32), np.asarray(ends, np.int64), label, returns)
 
 
 def download(url: str, path: Path, timeout_s: float = 30.0) -> None:

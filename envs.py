@@ -10,7 +10,7 @@ A vectorised environment here is any object with
                              reward (N,) summed over the chunk. terminated (N,) bool: the task ended the episode; truncated: the
                              time limit did. An ended environment rests: it shows its last observation, ignores its
                              chunks and earns 0 until its next reset, so nobody has to dig out a "final observation"
-    record(which)            keep a picture of these environments after every environment step, in
+    record(which)            keep a picture of these environments after every environment step (OSError: cannot draw), in
     frames                   one list per recorded environment, of (H, W, 3) uint8
     close()
 
@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
+import torch
 
 Arrays = dict[str, np.ndarray]
 
@@ -47,6 +48,7 @@ class Task:
     demo_convert: Callable[[Arrays], tuple[Arrays, np.ndarray]]  # those arrays -> (obs, actions), environment units
     demo_mirror: Callable[[Arrays], Arrays] | None = None  # those arrays -> the same episodes in the task's mirror, if it has one
     train: dict[str, object] = dataclasses.field(default_factory=dict)  # defaults of dbp_train.py that this task changes
+    finetune: dict[str, object] = dataclasses.field(default_factory=dict)  # and of dbpo_finetune.py
 
 
 class SimulationError(RuntimeError):
@@ -62,6 +64,54 @@ def get_task(name: str) -> Task:
 def check_chunks(chunks: np.ndarray, num_envs: int, action_dim: int) -> None:
     if chunks.ndim != 3 or len(chunks) != num_envs or chunks.shape[1] < 1 or chunks.shape[2] != action_dim:
         raise ValueError(f"chunks has shape {chunks.shape}; it must be ({num_envs}, Ta, {action_dim})")
+
+
+class Episodes:
+    """The training episodes of N environments: starts the next one where one ended, and remembers what it takes to repeat them.
+
+    An environment is a function of its seed and its chunks (envs.py), so a resumed run repeats the unfinished episodes from
+    their first chunk and stands where the saved one stood, whatever the simulator.
+    """
+
+    def __init__(self, env, first_seed: int, stride: int):
+        self.env, self.next_seed, self.stride = env, first_seed, stride  # ranks interleave: each start is used once
+        self.chunks: list[list[np.ndarray]] = [[] for _ in range(env.num_envs)]
+        self.seeds = [self._seed() for _ in range(env.num_envs)]
+        self.obs = env.reset(self.seeds)
+
+    def _seed(self) -> int:
+        self.next_seed += self.stride
+        return self.next_seed - self.stride
+
+    def step(self, chunks: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
+        """As env.step, whose observation, the final one of episodes that end here, is returned; `self.obs` is what to act on."""
+        final, reward, terminated, truncated, info = self.env.step(chunks)
+        for mine, chunk in zip(self.chunks, chunks, strict=True):
+            mine.append(chunk)
+        self.obs = final
+        which = np.flatnonzero(terminated | truncated)
+        if len(which):
+            for i in which:
+                self.seeds[i], self.chunks[i] = self._seed(), []
+            self.obs = self.env.reset([self.seeds[i] for i in which], which)
+        return final, reward, terminated, truncated, info
+
+    def state(self) -> dict:
+        chunks = [torch.from_numpy(np.array(mine, np.float32)) for mine in self.chunks]
+        return {"next_seed": self.next_seed, "seeds": list(self.seeds), "chunks": chunks}
+
+    def load(self, state: dict) -> None:
+        self.next_seed, self.seeds = state["next_seed"], list(state["seeds"])
+        self.chunks = [list(chunks.numpy()) for chunks in state["chunks"]]
+        longest = max(len(mine) for mine in self.chunks)
+        self.obs = self.env.reset(self.seeds)
+        idle = next((mine[0] for mine in self.chunks if mine), None)
+        for t in range(longest):  # the longest episode first; the others start so that all arrive together
+            batch = [mine[t - longest + len(mine)] if longest - len(mine) <= t else idle for mine in self.chunks]
+            self.obs = self.env.step(np.stack(batch))[0]
+            starting = [i for i, mine in enumerate(self.chunks) if len(mine) == longest - t - 1]
+            if starting:
+                self.obs = self.env.reset([self.seeds[i] for i in starting], starting)
 
 
 # --- Push-T -----------------------------------------------------------------------------------------------------------
@@ -226,6 +276,8 @@ class Locomotion:
 
     def __init__(self, num_envs: int, obs_steps: int, body: str, threads: int = 0):
         """threads: 0 for one per processor."""
+        if not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")  # films without a display; read when mujoco is imported
         import gymnasium
         import mujoco
         from mujoco import rollout
@@ -347,14 +399,13 @@ class Locomotion:
         return healthy
 
     def record(self, which: Sequence[int]) -> None:
+        if len(which) > 0:
+            self.camera = self.camera or _camera(self.model)  # OSError where nothing can be drawn
         self.recorded, self.frames = list(which), [[] for _ in which]
 
     def _film(self, i: int, state: np.ndarray) -> None:
-        if i not in self.recorded:
-            return
-        if self.camera is None:
-            self.camera = _camera(self.model)
-        self.frames[self.recorded.index(i)].append(self.camera(state[1 : 1 + self.model.nq]))
+        if i in self.recorded:
+            self.frames[self.recorded.index(i)].append(self.camera(state[1 : 1 + self.model.nq]))
 
     def close(self) -> None:
         self.pool.shutdown()

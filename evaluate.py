@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,9 @@ from common import UserError, plain_errors, run_main, usable_device
 from policy import Policy
 
 MAX_ENVS = 100  # environments side by side
+SELECTION_SEED = 50_000  # first start of the evaluations that choose a checkpoint
+REPORT_SEED = 100_000  # first start of the final evaluation
+COLUMNS = ["score", "score_low", "score_high", "success_rate"]  # of a training's log
 FILMED = 3  # episodes shown next to each other in a GIF
 
 
@@ -33,7 +38,7 @@ class Config:
     ckpt: str = "runs/pusht/dbp.pt"  # checkpoint of any training script
     env: str = ""  # task; empty: the one the checkpoint was trained for, another is refused
     episodes: int = 100  # number of episodes
-    seed_start: int = 100_000  # seed of the first start; other starts than Diffusion Policy's of the same seed
+    seed_start: int = REPORT_SEED  # seed of the first start; other starts than Diffusion Policy's of the same seed
     seed: int = 0  # seed of the latents
     latent_scale: float | None = None  # std of the latents; none: the checkpoint's; 1: Eq. (7); 0: the centre
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
@@ -50,7 +55,10 @@ def rollout(policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int 
         env = task.make(len(batch), c.obs_steps)
         generator = torch.Generator().manual_seed(latent_seed + first)
         if film and first == 0:
-            env.record(range(min(FILMED, len(batch))))
+            try:
+                env.record(range(min(FILMED, len(batch))))
+            except OSError as error:  # nothing can be drawn on this machine: numbers without pictures
+                print(f"no film: {error}", file=sys.stderr)
         obs = env.reset(batch)
         done, total = np.zeros(len(batch), bool), np.zeros(len(batch))
         while not done.all():
@@ -120,14 +128,56 @@ def report(policy: Policy, results: dict[str, np.ndarray], seed_start: int) -> d
     }
 
 
+def select(policy: Policy, task: envs.Task, episodes: int) -> dict[str, float]:
+    """An evaluation in the middle of a training, from which the best checkpoint is chosen: COLUMNS of the run log."""
+    results = rollout(policy, task, list(range(SELECTION_SEED, SELECTION_SEED + episodes)))
+    low, high = interval95(results["score"])
+    values = (float(results["score"].mean()), low, high, float(results["success"].mean()))
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def finish(policy: Policy, task: envs.Task, out: Path, episodes: int, wall: Callable[[], float]) -> None:
+    """The final numbers of a training, on starts that no decision has seen, and the film.
+
+    wall: seconds since the training began. Writes rollout.gif and result.json; the JSON line ends the output.
+    """
+    results = rollout(policy, task, list(range(REPORT_SEED, REPORT_SEED + episodes)), film=True)
+    write_gif(results["frames"], out / "rollout.gif")
+    line = report(policy, results, REPORT_SEED)
+    film = f"watch {out / 'rollout.gif'}, " if results["frames"] else ""
+    print(
+        f"best policy, {episodes} unseen starts: score {number_text(line['score'])}, {interval_text(line)}, "
+        f"success rate {line['success_rate']:.2f}, {line['latency_ms_p50']:.2f} ms per call\n"
+        f"{film}see {out / 'curve.png'}"
+    )
+    text = json.dumps({**line, "wall_s": round(wall(), 1)})
+    with plain_errors():
+        (out / "result.json").write_text(text + "\n")
+    print(text)
+
+
+def number_text(x: float) -> str:
+    """A share of 1 with three decimals, a return without any."""
+    return f"{x:.3f}" if abs(x) < 10 else f"{x:,.0f}"
+
+
 def interval_text(line: dict) -> str:
-    return "95 % interval [{:.3f}, {:.3f}]".format(*line["score_ci95"]) if line["score_ci95"] else "no interval from one episode"
+    if not line["score_ci95"]:
+        return "no interval from one episode"
+    return "95 % interval [{}, {}]".format(*map(number_text, line["score_ci95"]))
 
 
-def write_gif(frames: list[list[np.ndarray]], path: str | Path, every: int = 2, fps: int = 20) -> None:
-    """Episodes next to each other; a finished one holds its last frame. frames[episode][step] (H, W, 3) uint8."""
+def write_gif(frames: list[list[np.ndarray]], path: str | Path, fps: int = 20) -> None:
+    """Episodes next to each other; a finished one holds its last frame. frames[episode][step] (H, W, 3) uint8.
+
+    Every second step is shown, of episodes longer than 300 steps every fourth of the first 600. No frames, no file.
+    """
     import imageio.v3 as iio
 
+    if not frames:
+        return
+    every = 2 if max(len(f) for f in frames) <= 301 else 4
+    frames = [f[:601] for f in frames]
     length = max(len(f) for f in frames) + 10  # the end stays on for a moment
     steps = [np.concatenate([f[min(t, len(f) - 1)] for f in frames], 1) for t in range(0, length, every)]
     with plain_errors():
@@ -163,7 +213,7 @@ def main() -> None:
             write_gif(results["frames"], cfg.gif)
         return
     print(f"{cfg.ckpt}: {task.name}, {cfg.episodes} episodes from seed {cfg.seed_start}, {time.perf_counter() - start:.0f} s")
-    print(f"  score         {line['score']:.3f}   {interval_text(line)}   ({task.score})")
+    print(f"  score         {number_text(line['score'])}   {interval_text(line)}   ({task.score})")
     print(f"  success rate  {line['success_rate']:.2f}    mean episode {results['length'].mean():.0f} steps")
     print(
         f"  one call      {line['latency_ms_p50']:.2f} ms p50, {line['latency_ms_p99']:.2f} ms p99, {line['nfe']} NFE, "
@@ -171,7 +221,7 @@ def main() -> None:
     )
     if cfg.gif:
         write_gif(results["frames"], cfg.gif)
-        print(f"  film          {cfg.gif}")
+        print(f"  film          {cfg.gif}" if results["frames"] else "  film          none")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The one-step policy: a chunk of actions from an observation history and a latent, in ONE network call.
 
-Equations covered: (1), (6), (7), (18)-(24).
+Equations covered: (1), (6), (7), (18)-(24); (12), (43)-(46), the actor of stage 2.
 
     a_chunk = f_theta(o_hist, z),   z ~ N(0, I)                       Eqs. (1), (7), (20), (21)
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -299,8 +300,12 @@ class Policy(nn.Module):
         if z.shape != (batch, c.horizon, c.action_dim):
             raise ValueError(f"z has shape {tuple(z.shape)}; it must be {(batch, c.horizon, c.action_dim)}")
         chunk = self(tensors, z.to(device).unsqueeze(1))[:, 0]  #            (B, Tp, Da)
-        prefix = chunk[:, c.obs_steps - 1 : c.obs_steps - 1 + c.action_steps]  # Eq. (22)   (B, Ta, Da)
-        return self.normalize_action.inverse(prefix.float())
+        return self.normalize_action.inverse(self.executed(chunk).float())
+
+    def executed(self, chunk: Tensor) -> Tensor:
+        """Eq. (22): the prefix that is executed, indices To-1 ... To-1+Ta-1. (..., Tp, Da) -> (..., Ta, Da)."""
+        first = self.config.obs_steps - 1
+        return chunk[..., first : first + self.config.action_steps, :]
 
     def state(self) -> dict:
         """Plain values and tensors from which `from_state` builds the same policy."""
@@ -328,6 +333,46 @@ class Policy(nn.Module):
         if "policy" not in content:
             raise UserError(f"{path} holds no policy, only {', '.join(content)}.")
         return cls.from_state(content["policy"]).to(device).eval()
+
+
+# --- stage 2: actor and critic ----------------------------------------------------------------------------------------
+
+
+class GaussianActor(nn.Module):
+    """N(mu_theta(o, z), diag sigma^2(o)), conditional on the latent z: Eqs. (12), (43)-(46).
+
+    The noise exists in training only, where it gives the executed actions a likelihood; deployment executes mu, which is
+    `self.policy`, an ordinary one-step policy. SILENT the observation feature h of Eq. (43) is the condition vector, and there
+    is one sigma per coordinate of the executed prefix.
+    """
+
+    def __init__(self, policy: Policy, sigma_start: float, sigma_min: float, sigma_max: float):
+        super().__init__()
+        c = policy.config
+        self.policy, self.bounds = policy, (math.log(sigma_min), math.log(sigma_max))
+        self.log_std = nn.Linear(c.obs_steps * policy.encoder.feature_dim, c.action_steps * c.action_dim)  # Eq. (44)
+        nn.init.zeros_(self.log_std.weight)
+        nn.init.constant_(self.log_std.bias, math.log(sigma_start))
+
+    def forward(self, cond: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """cond (B, C) from `Policy.encode`, z (B, Tp, Da) -> mu (B, Tp, Da), sigma (B, Ta, Da); normalised actions."""
+        c = self.policy.config
+        mu = self.policy.backbone(z.unsqueeze(1), cond)[:, 0]  # Eq. (43)
+        log_std = self.log_std(cond).clamp(*self.bounds)  # Eq. (45)
+        return mu, log_std.exp().view(-1, c.action_steps, c.action_dim)
+
+
+class Critic(nn.Module):
+    """V(o): the scaled return that is still to come, from the condition vector. cond (B, C) -> (B,)."""
+
+    def __init__(self, cond_dim: int, width: int = 256):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(cond_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
+        )  # fmt: skip
+
+    def forward(self, cond: Tensor) -> Tensor:
+        return self.layers(cond).squeeze(-1)
 
 
 class EMA:
