@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import gymnasium
 import numpy as np
 import torch
 
@@ -47,6 +48,7 @@ class Task:
     demo_arrays: tuple[str, ...]  # arrays to read from a demonstration file
     demo_convert: Callable[[Arrays], tuple[Arrays, np.ndarray]]  # those arrays -> (obs, actions), environment units
     demo_mirror: Callable[[Arrays], Arrays] | None = None  # those arrays -> the same episodes in the task's mirror, if it has one
+    make_training: Callable[[int, int], object] | None = None  # the same for dbpo_finetune.py, where another is faster
     train: dict[str, object] = dataclasses.field(default_factory=dict)  # defaults of dbp_train.py that this task changes
     finetune: dict[str, object] = dataclasses.field(default_factory=dict)  # and of dbpo_finetune.py
 
@@ -114,6 +116,111 @@ class Episodes:
                 self.obs = self.env.reset([self.seeds[i] for i in starting], starting)
 
 
+# --- any gymnasium environment ------------------------------------------------------------------------------------------
+
+
+class Chunked(gymnasium.Wrapper):
+    """One gymnasium environment, stepped by chunks: keeps the observation history, and rests after the end of an episode.
+
+    An environment without a Dict observation gives its Box under the key "state". It may put `score` and `success` into its
+    info; without them the score is the return, and success is to reach the time limit.
+    """
+
+    def __init__(self, env: gymnasium.Env, obs_steps: int, number: int):
+        super().__init__(env)
+        self.number, self.history, self.filming = number, deque(maxlen=obs_steps), False
+        space = env.observation_space
+        self.keyed = isinstance(space, gymnasium.spaces.Dict)
+        spaces = space.spaces if self.keyed else {"state": space}
+        kept = {key: (np.float32 if np.issubdtype(box.dtype, np.floating) else box.dtype) for key, box in spaces.items()}
+        boxes = {key: gymnasium.spaces.Box(-np.inf, np.inf, (obs_steps, *box.shape), kept[key]) for key, box in spaces.items()}
+        self.observation_space = gymnasium.spaces.Dict(boxes)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Arrays, dict]:
+        obs, _ = self.env.reset(seed=seed, options=options)
+        self.history.extend([obs if self.keyed else {"state": obs}] * self.history.maxlen)
+        self.terminated, self.truncated, self.length, self.total = False, False, 0, 0.0
+        self.info: dict = {}
+        self._film()
+        return self._observe(), {}
+
+    def step(self, chunk: np.ndarray) -> tuple[Arrays, float, bool, bool, dict]:
+        reward = 0.0
+        for action in chunk:
+            if self.terminated or self.truncated:
+                break
+            obs, step_reward, self.terminated, self.truncated, self.info = self.env.step(action)
+            self.history.append(obs if self.keyed else {"state": obs})
+            self.length += 1
+            reward += float(step_reward)
+            self._film()
+        self.total += reward
+        late = bool(self.truncated and not self.terminated)
+        score, success = self.info.get("score", self.total), self.info.get("success", late)
+        info = {"score": float(score), "success": bool(success), "length": self.length}
+        # The ends travel in info: gymnasium's vector environments forbid to step on after one, and here the others do.
+        return self._observe(), reward, False, False, {**info, "terminated": bool(self.terminated), "truncated": late}
+
+    def _observe(self) -> Arrays:
+        return {
+            key: np.stack([obs[key] for obs in self.history]).astype(box.dtype) for key, box in self.observation_space.items()
+        }
+
+    def record(self, which: Sequence[int]) -> None:
+        self.filming, self.film = self.number in which, []
+
+    def _film(self) -> None:
+        if self.filming:
+            self.film.append(self.env.render())
+
+
+class GymVector:
+    """N gymnasium environments, in this process or in one worker process each (gymnasium's Sync- and AsyncVectorEnv)."""
+
+    def __init__(self, make: Callable[[], gymnasium.Env], num_envs: int, obs_steps: int, processes: bool = False):
+        """make: builds one environment; it goes to the workers, so with processes it must be a function of a module."""
+        vector = gymnasium.vector.AsyncVectorEnv if processes else gymnasium.vector.SyncVectorEnv
+        builders = [partial(_chunked, make, obs_steps, i) for i in range(num_envs)]
+        self.vector = vector(builders, autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
+        self.num_envs, self.recorded = num_envs, []
+        self.action_dim = self.vector.single_action_space.shape[0]
+
+    def reset(self, seeds: Sequence[int], which: Sequence[int] | None = None) -> Arrays:
+        which = np.arange(self.num_envs) if which is None else np.asarray(which)
+        every, mask = np.zeros(self.num_envs, object), np.zeros(self.num_envs, bool)
+        every[which], mask[which] = [int(seed) for seed in seeds], True
+        return self._run(lambda: self.vector.reset(seed=list(every), options={"reset_mask": mask}))[0]
+
+    def step(self, chunks: np.ndarray) -> tuple[Arrays, np.ndarray, np.ndarray, np.ndarray, Arrays]:
+        check_chunks(chunks, self.num_envs, self.action_dim)
+        obs, reward, _, _, info = self._run(lambda: self.vector.step(chunks))
+        return obs, reward, info["terminated"], info["truncated"], {name: info[name] for name in ("score", "success", "length")}
+
+    def _run(self, call: Callable[[], tuple]) -> tuple:
+        try:
+            return call()
+        except (EOFError, ConnectionError) as error:
+            raise SimulationError(
+                f"a worker process of the environments died ({type(error).__name__}); see its output"
+            ) from error
+
+    def record(self, which: Sequence[int]) -> None:
+        self.recorded = list(which)
+        self.vector.call("record", tuple(which))
+
+    @property
+    def frames(self) -> list[list[np.ndarray]]:
+        films = self.vector.get_attr("film")
+        return [films[i] for i in self.recorded]
+
+    def close(self) -> None:
+        self.vector.close()
+
+
+def _chunked(make: Callable[[], gymnasium.Env], obs_steps: int, number: int) -> Chunked:
+    return Chunked(make(), obs_steps, number)
+
+
 # --- Push-T -----------------------------------------------------------------------------------------------------------
 
 # Diffusion Policy's nine keypoints in the T's own frame, pixels. Their program drew them at random once; these are recovered from
@@ -162,78 +269,47 @@ def pusht_mirror(arrays: Arrays) -> Arrays:
     return {"state": np.concatenate([agent, block, angle], -1), "action": 512 - action[:, ::-1]}
 
 
-class PushT:
-    """N Push-T tables. Physics, resets and coverage are gym-pusht's; observation and score are the paper's.
+PUSHT_MAX_STEPS = 300
+
+
+def pusht_env() -> gymnasium.Env:
+    """One Push-T table. Physics, resets and coverage are gym-pusht's; observation and score are the paper's.
 
     Score: largest coverage / 0.95 reached so far, at most 1; an episode ends above 0.95 (success) or after 300 steps.
     Starts: gym-pusht's own, numpy's PCG64 from the seed (Diffusion Policy draws other starts from the same seed).
     """
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory, no display needed
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    try:
+        from gym_pusht.envs import pusht
+    except ImportError as error:
+        hint = "apt-get install libgl1" if "libGL" in str(error) else "pip install gym-pusht==0.1.8"
+        raise ImportError(f"Push-T needs gym-pusht, which does not import here ({error}): {hint}") from error
 
-    MAX_STEPS = 300
+    class Table(pusht.PushTEnv):
+        def _get_coverage(self):  # gym-pusht's, but for the goal, which never moves and is built once: 1.4 times faster
+            if not hasattr(self, "goal"):
+                self.goal = pusht.pymunk_to_shapely(self.get_goal_pose_body(self.goal_pose), self.block.shapes)
+                self.goal_area = self.goal.area
+            block = pusht.pymunk_to_shapely(self.block, self.block.shapes)
+            return self.goal.intersection(block).area / self.goal_area
 
-    def __init__(self, num_envs: int, obs_steps: int):
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory, no display needed
-        os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-        try:
-            from gym_pusht.envs import pusht
-        except ImportError as error:
-            hint = "apt-get install libgl1" if "libGL" in str(error) else "pip install gym-pusht==0.1.8"
-            raise ImportError(f"Push-T needs gym-pusht, which does not import here ({error}): {hint}") from error
+        def reset(self, **kwargs):
+            state, info = super().reset(**kwargs)
+            self.score, self.steps = 0.0, 0
+            return pusht_state(state[None, :2], state[None, 2:])[0], info
 
-        class Table(pusht.PushTEnv):
-            def _get_coverage(self):  # gym-pusht's, but for the goal, which never moves and is built once: 1.4 times faster
-                if not hasattr(self, "goal"):
-                    self.goal = pusht.pymunk_to_shapely(self.get_goal_pose_body(self.goal_pose), self.block.shapes)
-                    self.goal_area = self.goal.area
-                block = pusht.pymunk_to_shapely(self.block, self.block.shapes)
-                return self.goal.intersection(block).area / self.goal_area
+        def step(self, action):
+            state, reward, success, _, info = super().step(np.asarray(action, np.float64))
+            self.steps += 1
+            self.score = max(self.score, reward)
+            obs = pusht_state(state[None, :2], state[None, 2:])[0]
+            late = not success and self.steps >= PUSHT_MAX_STEPS
+            return obs, reward, success, late, {**info, "score": self.score, "success": success}
 
-        self.tables = [Table(obs_type="state", visualization_width=256, visualization_height=256) for _ in range(num_envs)]
-        self.num_envs, self.obs_steps = num_envs, obs_steps
-        self.states = [deque(maxlen=obs_steps)] * num_envs
-        self.steps, self.score, self.success = np.zeros(num_envs, int), np.zeros(num_envs), np.zeros(num_envs, bool)
-        self.record(())
-
-    def record(self, which: Sequence[int]) -> None:
-        self.recorded, self.frames = list(which), [[] for _ in which]
-
-    def _film(self, i: int) -> None:
-        if i in self.recorded:
-            self.frames[self.recorded.index(i)].append(self.tables[i].render())
-
-    def reset(self, seeds: Sequence[int], which: Sequence[int] | None = None) -> Arrays:
-        for i, seed in zip(range(self.num_envs) if which is None else which, seeds, strict=True):
-            state = self.tables[i].reset(seed=int(seed))[0]
-            self.states[i] = deque([state] * self.obs_steps, self.obs_steps)
-            self.steps[i], self.score[i], self.success[i] = 0, 0.0, False
-            self._film(i)
-        return self._observe()
-
-    def step(self, chunks: np.ndarray) -> tuple[Arrays, np.ndarray, np.ndarray, np.ndarray, Arrays]:
-        check_chunks(chunks, self.num_envs, 2)
-        reward = np.zeros(self.num_envs)
-        for i, (table, chunk) in enumerate(zip(self.tables, chunks, strict=True)):
-            for action in chunk:
-                if self.success[i] or self.steps[i] >= self.MAX_STEPS:
-                    break
-                state, step_reward, self.success[i], _, _ = table.step(action.astype(np.float64))
-                self.states[i].append(state)
-                self.steps[i] += 1
-                reward[i] += step_reward
-                self.score[i] = max(self.score[i], step_reward)
-                self._film(i)
-        info = {"score": self.score.copy(), "success": self.success.copy(), "length": self.steps.copy()}
-        return self._observe(), reward, self.success.copy(), ~self.success & (self.steps >= self.MAX_STEPS), info
-
-    def _observe(self) -> dict[str, np.ndarray]:
-        states = np.array(self.states)  # (N, To, 5)
-        flat = states.reshape(-1, 5)
-        obs = pusht_state(flat[:, :2], flat[:, 2:]).reshape(self.num_envs, self.obs_steps, 20)
-        return {"state": obs.astype(np.float32)}
-
-    def close(self) -> None:
-        for table in self.tables:
-            table.close()
+    table = Table(obs_type="state", render_mode="rgb_array", visualization_width=256, visualization_height=256)
+    table.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (20,))
+    return table
 
 
 # --- locomotion: Hopper, Walker2d, HalfCheetah, Ant ---------------------------------------------------------------------
@@ -278,7 +354,6 @@ class Locomotion:
         """threads: 0 for one per processor."""
         if not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # films without a display; read when mujoco is imported
-        import gymnasium
         import mujoco
         from mujoco import rollout
 
@@ -467,7 +542,8 @@ TASKS = {
         score="largest coverage / 0.95",
         obs_shapes={"state": (20,)},
         action_dim=2,
-        make=PushT,
+        make=partial(GymVector, pusht_env),
+        make_training=partial(GymVector, pusht_env, processes=True),
         demo_arrays=("state", "action"),
         demo_convert=pusht_demos,
         demo_mirror=pusht_mirror,

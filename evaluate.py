@@ -167,17 +167,18 @@ def interval_text(line: dict) -> str:
     return "95 % interval [{}, {}]".format(*map(number_text, line["score_ci95"]))
 
 
-def write_gif(frames: list[list[np.ndarray]], path: str | Path, fps: int = 20) -> None:
+def write_gif(frames: list[list[np.ndarray]], path: str | Path, every: int | None = None, fps: int = 20) -> None:
     """Episodes next to each other; a finished one holds its last frame. frames[episode][step] (H, W, 3) uint8.
 
-    Every second step is shown, of episodes longer than 300 steps every fourth of the first 600. No frames, no file.
+    every: show each so many-th step; None: the second, for episodes of more than 300 steps the fourth of the first 600.
+    No frames, no file.
     """
     import imageio.v3 as iio
 
     if not frames:
         return
-    every = 2 if max(len(f) for f in frames) <= 301 else 4
     frames = [f[:601] for f in frames]
+    every = every or (2 if max(len(f) for f in frames) <= 301 else 4)
     length = max(len(f) for f in frames) + 10  # the end stays on for a moment
     steps = [np.concatenate([f[min(t, len(f) - 1)] for f in frames], 1) for t in range(0, length, every)]
     with plain_errors():

@@ -53,7 +53,7 @@ def attempt(policy: Policy, env: envs.PushT, seeds: list[int], latent_seed: int)
         chunks = np.round(policy.act(obs, generator=generator).numpy() * 64) / 64
         for t in range(c.action_steps):
             for i in np.flatnonzero(~done):
-                states[i].append(env.states[i][-1])
+                states[i].append(env.vector.envs[i].unwrapped.get_obs())
                 actions[i].append(chunks[i, t])
             obs, _, terminated, truncated, info = env.step(chunks[:, t : t + 1])
             done = terminated | truncated

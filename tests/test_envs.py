@@ -18,6 +18,10 @@ def make(num_envs: int = 1, obs_steps: int = TO):
     return envs.get_task("pusht").make(num_envs, obs_steps)
 
 
+def tables(env) -> list:
+    return [table.unwrapped for table in env.vector.envs]
+
+
 def pushes(rng: np.random.Generator, agent: np.ndarray, block: np.ndarray, steps: int) -> np.ndarray:
     """Targets around the block, so that the agent runs into it. (steps, 2) pixels, float32."""
     path = np.linspace(agent, block + rng.normal(0, 30, 2), steps)
@@ -45,8 +49,8 @@ def test_chunks_equal_gym_pusht_step_by_step():
             for action in chunks[i]:
                 states[i], step_reward, terminated, _, step_info = table.step(action.astype(np.float64))
                 rewards.append(step_reward)
-            assert np.array_equal(ours.tables[i].get_obs(), states[i])  # bit for bit, whatever the contacts
-            assert ours.tables[i]._get_coverage() == step_info["coverage"]
+            assert np.array_equal(tables(ours)[i].get_obs(), states[i])  # bit for bit, whatever the contacts
+            assert tables(ours)[i]._get_coverage() == step_info["coverage"]
             best[i] = max(best[i], *rewards)
             assert reward[i] == sum(rewards)
             assert info["score"][i] == best[i]
@@ -61,7 +65,7 @@ def test_success_ends_the_episode_in_the_middle_of_a_chunk():
     ours, theirs = make(2), pusht.PushTEnv(obs_type="state")
     ours.reset([1, 2])
     theirs.reset(seed=1)
-    put_block_on_goal(ours.tables[0])
+    put_block_on_goal(tables(ours)[0])
     put_block_on_goal(theirs)
     action = np.array([60, 60], np.float32)
     state, step_reward, terminated, *_ = theirs.step(action.astype(np.float64))
@@ -70,7 +74,7 @@ def test_success_ends_the_episode_in_the_middle_of_a_chunk():
     assert done.tolist() == info["success"].tolist() == [True, False]
     assert info["length"].tolist() == [1, 8]
     assert info["score"][0] == reward[0] == step_reward == 1
-    assert np.array_equal(ours.tables[0].get_obs(), state)  # the other seven actions were not executed
+    assert np.array_equal(tables(ours)[0].get_obs(), state)  # the other seven actions were not executed
 
 
 def test_keypoints_of_a_known_pose():
@@ -87,7 +91,7 @@ def test_keypoints_lie_on_the_simulators_block():
 
     env = make(len(SEEDS))
     obs = env.reset(SEEDS)["state"][:, -1]
-    for table, state in zip(env.tables, obs, strict=True):
+    for table, state in zip(tables(env), obs, strict=True):
         block = pusht.pymunk_to_shapely(table.block, table.block.shapes)
         distances = [block.distance(shapely.geometry.Point(*point)) for point in state[:18].reshape(9, 2)]
         assert max(distances) < 3, distances
@@ -118,11 +122,11 @@ def test_history_holds_the_last_states():
 def test_an_episode_ends_after_300_steps_and_stays_ended():
     env = make(1)
     env.reset([11])
-    put_block_on_goal(env.tables[0])
-    env.tables[0].block.position = (240, 256)  # near the goal, so that pushing it about makes the reward rise and fall
+    put_block_on_goal(tables(env)[0])
+    tables(env)[0].block.position = (240, 256)  # near the goal, so that pushing it about makes the reward rise and fall
     rng, rewards, scores = np.random.default_rng(0), [], []
     for chunk in range(1, 40):
-        start, block = np.array(env.tables[0].agent.position), np.array(env.tables[0].block.position)
+        start, block = np.array(tables(env)[0].agent.position), np.array(tables(env)[0].block.position)
         _, reward, _, done, info = env.step(pushes(rng, start, block, 8)[None])
         rewards.append(reward[0])
         scores.append(info["score"][0])
@@ -131,16 +135,16 @@ def test_an_episode_ends_after_300_steps_and_stays_ended():
     assert rewards[38] == 0 and not info["success"][0]
     assert (np.diff(rewards) < 0).any() and (np.diff(scores) >= 0).all()
     assert max(rewards) / 8 <= scores[-1] < 1  # the largest reward of a step, not of a chunk
-    state = env.tables[0].get_obs()
+    state = tables(env)[0].get_obs()
     env.step(np.full((1, 8, 2), 400, np.float32))
-    assert np.array_equal(env.tables[0].get_obs(), state)
+    assert np.array_equal(tables(env)[0].get_obs(), state)
 
 
 def test_the_film_has_one_picture_per_step_of_the_chosen_episodes():
     env = make(3)
     env.record([0, 2])
     env.reset([1, 2, 3])
-    put_block_on_goal(env.tables[2])
+    put_block_on_goal(tables(env)[2])
     env.step(np.full((3, 4, 2), 60, np.float32))
     assert [len(frames) for frames in env.frames] == [5, 2]  # the reset, and every step until the end of the episode
     first, last = env.frames[0][0], env.frames[0][-1]
