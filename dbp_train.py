@@ -250,7 +250,7 @@ def main() -> None:
             raise ValueError(f"{cfg.env} has no mirror symmetry; omit --mirror")
     with plain_errors():
         mirror = task.demo_mirror if cfg.mirror else None
-        data = demos.load(cfg.demos, cfg.env, task.demo_arrays, task.demo_convert, mirror)
+        data = demos.load(cfg.demos, cfg.env, task.demo_arrays, task.demo_convert, mirror, task.demo_record)
         task.make(1, cfg.obs_steps).close()  # a missing simulator shows now, not after the training
 
     # ---- model ------------------------------------------------------------------------------------------------------

@@ -41,10 +41,11 @@ DATA = Path(__file__).parent / "data"
 class Source:
     """Where the demonstrations of one task come from. The published archive is verified by its contents."""
 
-    embedded: str  # file in data/, part of the project
+    embedded: str  # file in data/: part of the project, or recorded there on first use
     official_url: str
-    official_episodes: int
     official_steps: int
+    official_episodes: int | None = None  # None: not checked
+    tolerance: int = 0  # by so many steps the archive may differ: an unfinished episode at its end is left out
 
 
 SOURCES = {
@@ -55,6 +56,25 @@ SOURCES = {
         official_steps=25_650,
     ),
 }
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/{}-v2.hdf5"
+D4RL_STEPS = {
+    "hopper-medium": 999_906,
+    "hopper-medium-expert": 1_999_400,
+    "walker2d-medium": 999_995,
+    "walker2d-medium-expert": 1_999_995,
+    "halfcheetah-medium": 1_000_000,
+    "halfcheetah-medium-expert": 2_000_000,
+    "ant-medium": 999_946,
+    "ant-medium-expert": 1_999_946,
+}
+for _name, _steps in D4RL_STEPS.items():
+    _body, _level = _name.split("-", 1)
+    SOURCES[f"{_name}-v2"] = Source(
+        embedded=f"recorded/{_name}.hdf5",
+        official_url=D4RL_URL.format(f"{_body}_{_level.replace('-', '_')}"),
+        official_steps=_steps,
+        tolerance=2_000,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,10 +251,12 @@ def load(
     names: Sequence[str],
     convert: Callable[[Arrays], tuple[dict[str, np.ndarray], np.ndarray]],
     mirror: Callable[[Arrays], Arrays] | None = None,
+    record: Callable[[Path], None] | None = None,
 ) -> Demos:
     """Load the demonstrations of a task.
 
     Args: source: "embedded", "official" or a path; task: a key of SOURCES for the first two; names: arrays to read;
+        record: makes the embedded file where it is recorded on first use;
         convert: arrays -> (obs, actions), raising ValueError where they do not fit the task; mirror: arrays -> the same
         episodes in a symmetry of the task, which are then added to them.
     """
@@ -242,6 +264,9 @@ def load(
         raise ValueError(f"{task} has no {source} demonstrations; give --demos PATH")
     if source == "embedded":
         path = DATA / SOURCES[task].embedded
+        if record is not None and not path.exists():
+            print(f"recording demonstrations with this project's own behaviour policy -> {path}", flush=True)
+            record(path)
     elif source == "official":
         path = DATA / "official" / SOURCES[task].official_url.rsplit("/", 1)[-1]
         if not path.is_file():
@@ -257,18 +282,19 @@ def load(
     else:
         arrays, ends = READERS[path.suffix](path, names)
     if source == "official":
-        expected = (SOURCES[task].official_episodes, SOURCES[task].official_steps)
-        found = (ends.size, int(ends.max(initial=0)))
-        if found != expected:
+        published, found = SOURCES[task], (ends.size, int(ends.max(initial=0)))
+        episodes = published.official_episodes or found[0]
+        if found[0] != episodes or abs(found[1] - published.official_steps) > published.tolerance:
             raise ValueError(
-                f"{path} holds {found[0]} episodes and {found[1]} steps; the published archive has {expected[0]} and "
-                f"{expected[1]}. Delete it and run again."
+                f"{path} holds {found[0]} episodes and {found[1]} steps; the published archive has {episodes} and "
+                f"{published.official_steps}. Delete it and run again."
             )
     try:
         obs, actions = convert(arrays)
     except ValueError as error:
         raise ValueError(f"{path} does not fit {task}: {error}") from error
-    label = f"{source} demonstrations ({path.name})" if source in ("embedded", "official") else str(path)
+    recorded = "recorded with our own behaviour policy, not D4RL's: " if source == "embedded" and record is not None else ""
+    label = f"{source} demonstrations ({recorded}{path.name})" if source in ("embedded", "official") else str(path)
     if mirror is not None:
         mirrored_obs, mirrored_actions = convert(mirror(arrays))
         obs = {key: np.concatenate([value, mirrored_obs[key]]) for key, value in obs.items()}

@@ -28,6 +28,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -48,6 +49,7 @@ class Task:
     demo_arrays: tuple[str, ...]  # arrays to read from a demonstration file
     demo_convert: Callable[[Arrays], tuple[Arrays, np.ndarray]]  # those arrays -> (obs, actions), environment units
     demo_mirror: Callable[[Arrays], Arrays] | None = None  # those arrays -> the same episodes in the task's mirror, if it has one
+    demo_record: Callable[[Path], None] | None = None  # makes the embedded demonstrations on first use, where they are recorded
     make_training: Callable[[int, int], object] | None = None  # the same for dbpo_finetune.py, where another is faster
     train: dict[str, object] = dataclasses.field(default_factory=dict)  # defaults of dbp_train.py that this task changes
     finetune: dict[str, object] = dataclasses.field(default_factory=dict)  # and of dbpo_finetune.py
@@ -276,6 +278,8 @@ def pusht_env() -> gymnasium.Env:
     """One Push-T table. Physics, resets and coverage are gym-pusht's; observation and score are the paper's.
 
     Score: largest coverage / 0.95 reached so far, at most 1; an episode ends above 0.95 (success) or after 300 steps.
+    Reward: the progress of the score, and 1 for success. Paid per step for coverage, as gym-pusht pays, an agent learns to hover
+    just below success, which would end the episode and the income.
     Starts: gym-pusht's own, numpy's PCG64 from the seed (Diffusion Policy draws other starts from the same seed).
     """
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory, no display needed
@@ -302,10 +306,11 @@ def pusht_env() -> gymnasium.Env:
         def step(self, action):
             state, reward, success, _, info = super().step(np.asarray(action, np.float64))
             self.steps += 1
-            self.score = max(self.score, reward)
+            progress = max(0.0, reward - self.score)
+            self.score += progress
             obs = pusht_state(state[None, :2], state[None, 2:])[0]
             late = not success and self.steps >= PUSHT_MAX_STEPS
-            return obs, reward, success, late, {**info, "score": self.score, "success": success}
+            return obs, progress + success, success, late, {**info, "score": self.score, "success": success}
 
     table = Table(obs_type="state", render_mode="rgb_array", visualization_width=256, visualization_height=256)
     table.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (20,))
@@ -508,6 +513,80 @@ def _camera(model) -> Callable[[np.ndarray], np.ndarray]:
     return picture
 
 
+class Behaviour:
+    """A trained Gaussian policy of data/<body>.npz, the source of our own demonstrations: tanh(mu(o) + sigma(o) * eps)."""
+
+    def __init__(self, weights: Arrays):
+        self.w, self.b = ([weights[f"{kind}{i}"].astype(np.float32) for i in range(4)] for kind in "wb")
+
+    def __call__(self, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """obs (N, features) -> actions (N, Da) in [-1, 1]"""
+        h = obs
+        for w, b in zip(self.w[:2], self.b[:2], strict=True):
+            h = np.maximum(h @ w + b, 0)
+        mu, log_std = h @ self.w[2] + self.b[2], (h @ self.w[3] + self.b[3]).clip(-20, 2)
+        return np.tanh(mu + np.exp(log_std) * rng.standard_normal(mu.shape, np.float32))
+
+
+def roll_out(
+    body: str, behaviour: Behaviour, steps: int, seed_start: int, num_envs: int = 40
+) -> tuple[Arrays, np.ndarray, np.ndarray, np.ndarray]:
+    """Whole episodes of a behaviour policy, at least `steps` steps of them.
+
+    Returns: arrays as D4RL has them, {observations, actions, rewards, terminals}; episode_ends; seeds; returns of the episodes.
+    """
+    env, rng = Locomotion(num_envs, 1, body), np.random.default_rng(seed_start)
+    running: list[list[tuple]] = [[] for _ in range(num_envs)]
+    seeds, next_seed = list(range(seed_start, seed_start + num_envs)), seed_start + num_envs
+    obs, kept, total = env.reset(seeds)["state"][:, 0], [], 0
+    active = np.ones(num_envs, bool)
+    while active.any():
+        actions = behaviour(obs, rng)
+        following, reward, terminated, truncated, _ = env.step(actions[:, None])
+        for i in np.flatnonzero(active):
+            running[i].append((obs[i], actions[i], reward[i], terminated[i]))
+        obs = following["state"][:, 0]
+        for i in np.flatnonzero(active & (terminated | truncated)):
+            kept.append((seeds[i], running[i]))
+            total += len(running[i])
+            if total + sum(len(r) for k, r in enumerate(running) if k != i and active[k]) >= steps:
+                active[i] = False
+            else:
+                seeds[i], running[i], next_seed = next_seed, [], next_seed + 1
+                obs = env.reset([seeds[i]], [i])["state"][:, 0]
+    env.close()
+    kept.sort(key=lambda episode: episode[0])
+    columns = [np.array(column) for column in zip(*(row for _, episode in kept for row in episode), strict=True)]
+    arrays = dict(zip(("observations", "actions", "rewards", "terminals"), columns, strict=True))
+    ends = np.cumsum([len(episode) for _, episode in kept])
+    returns = np.array([sum(row[2] for row in episode) for _, episode in kept])
+    return arrays, ends, np.array([seed for seed, _ in kept]), returns
+
+
+def record_locomotion(path: Path, body: str, levels: Sequence[str], steps: int = 200_000) -> None:
+    """Draw demonstrations from the behaviour policies of data/<body>.npz into `path`, in D4RL's layout; some ten seconds."""
+    import h5py
+
+    source = Path(__file__).parent / "data" / f"{body}.npz"
+    try:
+        with np.load(source, allow_pickle=False) as file:
+            weights = dict(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} is missing or damaged ({error}); fetch it again from the project, or give --demos") from error
+    parts = []
+    for k, level in enumerate(levels):
+        policy = Behaviour({name.split("_")[1]: x for name, x in weights.items() if name.startswith(level)})
+        arrays, ends, _, _ = roll_out(body, policy, steps, seed_start=4_000_000 + 1_000_000 * k)
+        last = np.isin(np.arange(len(arrays["rewards"])), ends - 1)
+        parts.append({**arrays, "timeouts": last & ~arrays["terminals"]})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # processes of one training do not meet
+    with h5py.File(temporary, "w") as file:
+        for name in parts[0]:
+            file[name] = np.concatenate([part[name] for part in parts])
+    temporary.replace(path)
+
+
 def locomotion_demos(arrays: Arrays, obs_dim: int, action_dim: int) -> tuple[Arrays, np.ndarray]:
     """D4RL's arrays. Its Ant files hold 111 numbers per observation, of which the last 84 (contact forces) are zeros."""
     for name, width in (("observations", obs_dim), ("actions", action_dim)):
@@ -532,6 +611,7 @@ def locomotion_task(body: str, level: str) -> Task:
         make=partial(Locomotion, body=body),
         demo_arrays=("observations", "actions", "rewards"),
         demo_convert=partial(locomotion_demos, obs_dim=obs_dim, action_dim=action_dim),
+        demo_record=partial(record_locomotion, body=body, levels=level.split("-")),
         train={"obs_steps": 1, "horizon": 4, "action_steps": 4},
     )
 

@@ -40,7 +40,7 @@ class Config:
     size_mb: float = 1.9  # stop adding episodes here
 
 
-def attempt(policy: Policy, env: envs.PushT, seeds: list[int], latent_seed: int) -> list[Episode | None]:
+def attempt(policy: Policy, env: envs.GymVector, seeds: list[int], latent_seed: int) -> list[Episode | None]:
     """One episode per seed; None where it did not succeed."""
     c = policy.config
     generator = torch.Generator().manual_seed(latent_seed)
@@ -70,7 +70,7 @@ def main() -> None:
     bar = tqdm(total=cfg.starts * cfg.attempts, unit="episode")
     for first in range(0, cfg.starts, batch):
         seeds = list(range(cfg.seed_start + first, cfg.seed_start + min(first + batch, cfg.starts)))
-        env = envs.PushT(len(seeds), policy.config.obs_steps)
+        env = envs.get_task("pusht").make(len(seeds), policy.config.obs_steps)
         best: list[Episode | None] = [None] * len(seeds)
         for k in range(cfg.attempts):
             for i, episode in enumerate(attempt(policy, env, seeds, cfg.seed_start + 1000 * first + k)):
