@@ -1,0 +1,149 @@
+"""The fine-tuning table and curves of README: every row is a `dbp_train.py` and a `dbpo_finetune.py` command, run here.
+
+    python benchmark/dbpo.py --hopper PATH/hopper_medium_regenerated.hdf5 --only hopper     one group, 3 seeds, half an hour
+    python benchmark/dbpo.py --print                                                        the table of what there is
+
+Seeds {0, 1, 2}; final scores over 100 starts that no choice has seen (seeds 100,000 on). Lines go to benchmark/results/dbpo.jsonl with
+the evaluations of the training, (environment steps, seconds, score); a line that is there is not run again, a run that was cut
+is resumed. Stage 1 of each group and seed is trained once and shared by its groups. The picture is benchmark/pictures/dbpo.png.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark" / "results" / "dbpo.jsonl"
+RUNS = ROOT / "runs" / "benchmark"
+GROUPS = {  # name: (task, demonstrations, flags of dbpo_finetune.py); HOPPER and HUMAN stand for the paths given
+    "hopper": ("hopper-medium-v2", "HOPPER", ["--env-steps", "5000000"]),
+    "hopper-no-anchor": ("hopper-medium-v2", "HOPPER", ["--env-steps", "5000000", "--anchor", "0"]),
+    "walker2d": ("walker2d-medium-v2", "embedded", ["--env-steps", "10000000"]),
+    "walker2d-no-anchor": ("walker2d-medium-v2", "embedded", ["--env-steps", "10000000", "--anchor", "0"]),
+    "halfcheetah": ("halfcheetah-medium-v2", "embedded", ["--env-steps", "10000000"]),
+    "halfcheetah-no-anchor": ("halfcheetah-medium-v2", "embedded", ["--env-steps", "10000000", "--anchor", "0"]),
+    "ant": ("ant-medium-v2", "embedded", ["--env-steps", "10000000"]),
+    "ant-no-anchor": ("ant-medium-v2", "embedded", ["--env-steps", "10000000", "--anchor", "0"]),
+    "pusht": ("pusht", "HUMAN", []),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    hopper: str = ""  # path of hopper_medium_regenerated.hdf5
+    human: str = ""  # path of the published human Push-T demonstrations
+    only: str = ""  # run one group only; empty: all
+    seeds: tuple[int, ...] = (0, 1, 2)  # training seeds
+    print: bool = False  # print the table and draw the picture of what there is, run nothing
+
+
+def read_results() -> list[dict]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def run(script: str, out: Path, flags: list[str]) -> dict:
+    """The result line of one training; a finished one is not run again, a cut one is resumed."""
+    if not (out / "result.json").is_file():
+        resume = ["--resume"] if (out / "state.pt").is_file() else []
+        command = [sys.executable, script, "--out", str(out), *flags, *resume]
+        print(" ".join(command), flush=True)
+        subprocess.run(command, cwd=ROOT, check=True)
+    return json.loads((out / "result.json").read_text().splitlines()[-1])
+
+
+def curve(out: Path) -> list[list[float]]:
+    with open(out / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["score"]]
+    return [[int(row["step"]), round(float(row["seconds"]), 1), round(float(row["score"]), 4)] for row in rows]
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| run | seed | stage 1 | after 1 million steps | final, 100 episodes | 95 % interval | success | environment steps | wall time |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for group in GROUPS:
+        mine = sorted((row for row in rows if row["group"] == group), key=lambda row: row["train_seed"])
+        for row in mine:
+            million = [score for step, _, score in row["curve"] if step <= 1_000_000][-1]
+            low, high = row["score_ci95"]
+            lines.append(
+                f"| {group} | {row['train_seed']} | {row['stage1']:,.4g} | {million:,.4g} | {row['score']:,.4g} | {low:,.4g} to "
+                f"{high:,.4g} | {row['success_rate']:.2f} | {row['curve'][-1][0] / 1e6:.1f} M | {row['wall_s'] / 60:.1f} min |"
+            )
+        if len(mine) > 1:
+            final, stage1 = (np.array([row[name] for row in mine]) for name in ("score", "stage1"))
+            worst = min(score for row in mine for _, _, score in row["curve"])
+            mean = np.mean([score for row in mine for _, _, score in row["curve"]])
+            lines.append(
+                f"| **{group}** | {len(mine)} seeds | {stage1.mean():,.4g} | mean over training {mean:,.4g}, worst {worst:,.4g} | "
+                f"**{final.mean():,.4g}** | std {final.std(ddof=1):,.3g} | {np.mean([row['success_rate'] for row in mine]):.2f} | | "
+                f"{np.mean([row['wall_s'] for row in mine]) / 60:.1f} min |"
+            )
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Evaluations over environment steps, one panel per task, with and without the anchor; one thin line per seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = [task for task in dict.fromkeys(GROUPS[row["group"]][0] for row in rows)]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3.4), layout="constrained", squeeze=False)
+    for ax, task in zip(axes[0], tasks, strict=True):
+        for row in (row for row in rows if GROUPS[row["group"]][0] == task):
+            free = row["group"].endswith("no-anchor")
+            steps, _, scores = zip(*row["curve"], strict=True)
+            name = "without the anchor" if free else "DBPO"
+            label = name if row["train_seed"] == 0 else None
+            ax.plot(np.array(steps) / 1e6, scores, color="tab:orange" if free else "tab:blue", lw=1, label=label)
+        ax.set(title=task, xlabel="million environment steps", ylim=(0, None))
+        ax.grid(alpha=0.3)
+        ax.legend(loc="lower right")
+    axes[0, 0].set_ylabel("score")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
+    RESULTS.parent.mkdir(exist_ok=True)
+    done = {(row["group"], row["train_seed"]) for row in read_results()}
+    jobs = [(g, s) for g in GROUPS for s in cfg.seeds if (g, s) not in done and cfg.only in ("", g)]
+    for group, seed in [] if cfg.print else jobs:
+        task, source, flags = GROUPS[group]
+        demos = {"HOPPER": cfg.hopper, "HUMAN": cfg.human}.get(source, source)
+        stage1 = RUNS / f"{task}-stage1-{seed}"
+        before = run("dbp_train.py", stage1, ["--env", task, "--demos", demos, "--seed", str(seed)])
+        out = RUNS / f"dbpo-{group}-{seed}"
+        line = run("dbpo_finetune.py", out, ["--env", task, "--ckpt", str(stage1 / "dbp.pt"), "--seed", str(seed), *flags])
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        stamp = {"group": group, "train_seed": seed, "date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": machine()}
+        extra = {"stage1": before["score"], "stage1_success": before["success_rate"], "curve": curve(out)}
+        with open(RESULTS, "a") as file:
+            file.write(json.dumps({**stamp, **line, **extra}) + "\n")
+    rows = read_results()
+    print(table(rows))
+    if rows:
+        draw(rows, ROOT / "benchmark" / "pictures" / "dbpo.png")
+
+
+def machine() -> str:
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
