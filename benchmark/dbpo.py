@@ -3,9 +3,9 @@
     python benchmark/dbpo.py --hopper PATH/hopper_medium_regenerated.hdf5 --only hopper     one group, 3 seeds, half an hour
     python benchmark/dbpo.py --print                                                        the table of what there is
 
-Seeds {0, 1, 2}; final scores over 100 starts that no choice has seen (seeds 100,000 on). Lines go to benchmark/results/dbpo.jsonl with
-the evaluations of the training, (environment steps, seconds, score); a line that is there is not run again, a run that was cut
-is resumed. Stage 1 of each group and seed is trained once and shared by its groups. The picture is benchmark/pictures/dbpo.png.
+Seeds {0, 1, 2}; final scores over 100 starts that no choice has seen (seeds 100,000 on). Lines go to benchmark/results/dbpo.jsonl
+with the evaluations of the training, (environment steps, seconds, score); a line that is there is not run again, a run that was
+cut is resumed. Stage 1 of each group and seed is trained once and shared by its groups. The picture is benchmark/pictures/dbpo.png.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def curve(out: Path) -> list[list[float]]:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| run | seed | stage 1 | after 1 million steps | final, 100 episodes | 95 % interval | success | environment steps | wall time |",
+        "| run | seed | stage 1 | after 1 million steps | final, 100 episodes | 95 % interval | success | steps | wall time |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for group in GROUPS:
@@ -85,10 +85,10 @@ def table(rows: list[dict]) -> str:
             final, stage1 = (np.array([row[name] for row in mine]) for name in ("score", "stage1"))
             worst = min(score for row in mine for _, _, score in row["curve"])
             mean = np.mean([score for row in mine for _, _, score in row["curve"]])
+            success, wall = (np.mean([row[name] for row in mine]) for name in ("success_rate", "wall_s"))
             lines.append(
-                f"| **{group}** | {len(mine)} seeds | {stage1.mean():,.4g} | mean over training {mean:,.4g}, worst {worst:,.4g} | "
-                f"**{final.mean():,.4g}** | std {final.std(ddof=1):,.3g} | {np.mean([row['success_rate'] for row in mine]):.2f} | | "
-                f"{np.mean([row['wall_s'] for row in mine]) / 60:.1f} min |"
+                f"| **{group}** | {len(mine)} seeds | {stage1.mean():,.4g} | mean of all evaluations {mean:,.4g}, worst {worst:,.4g} | "
+                f"**{final.mean():,.4g}** | std {final.std(ddof=1):,.3g} | {success:.2f} | | {wall / 60:.1f} min |"
             )
     return "\n".join(lines)
 
@@ -100,7 +100,7 @@ def draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = [task for task in dict.fromkeys(GROUPS[row["group"]][0] for row in rows)]
+    tasks = list(dict.fromkeys(GROUPS[row["group"]][0] for row in rows))
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3.4), layout="constrained", squeeze=False)
     for ax, task in zip(axes[0], tasks, strict=True):
         for row in (row for row in rows if GROUPS[row["group"]][0] == task):
