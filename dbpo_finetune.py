@@ -461,7 +461,15 @@ def main() -> None:
                 executed = policy.executed(mu) + sigma * noise.to(device)  # Eqs. (12), (46)      (N, Ta, Da)
                 chunks = policy.normalize_action.inverse(executed).cpu().numpy()
             simulated = time.perf_counter()
-            final, reward, terminated, truncated, info = episodes.step(chunks)
+            try:
+                final, reward, terminated, truncated, info = episodes.step(chunks)
+            except Exception as error:  # whatever a simulator raises: the run ends, what is saved stays
+                raise UserError(
+                    f"the environment failed in iteration {iteration} ({type(error).__name__}: {error}). {out} holds the last "
+                    "checkpoint; --resume goes on from the last save."
+                ) from error
+            if not np.isfinite(reward).all():
+                raise UserError(f"the environment gave a reward that is not finite in iteration {iteration}; {out} is untouched")
             simulation_s += time.perf_counter() - simulated
             ended = terminated | truncated
             scores += info["score"][ended].tolist()

@@ -5,7 +5,7 @@
 
 Seeds {0, 1, 2}; final scores over 100 starts that no choice has seen (seeds 100,000 on). Lines go to benchmark/results/dbpo.jsonl
 with the evaluations of the training, (environment steps, seconds, score); a line that is there is not run again, a run that was
-cut is resumed. Stage 1 of each group and seed is trained once and shared by its groups. The picture is benchmark/pictures/dbpo.png.
+cut is resumed. Stage 1 of each group and seed is trained once and shared by its groups. Picture: benchmark/pictures/dbpo.png.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def table(rows: list[dict]) -> str:
             mean = np.mean([score for row in mine for _, _, score in row["curve"]])
             success, wall = (np.mean([row[name] for row in mine]) for name in ("success_rate", "wall_s"))
             lines.append(
-                f"| **{group}** | {len(mine)} seeds | {stage1.mean():,.4g} | mean of all evaluations {mean:,.4g}, worst {worst:,.4g} | "
+                f"| **{group}** | {len(mine)} seeds | {stage1.mean():,.4g} | evaluations: mean {mean:,.4g}, worst {worst:,.4g} | "
                 f"**{final.mean():,.4g}** | std {final.std(ddof=1):,.3g} | {success:.2f} | | {wall / 60:.1f} min |"
             )
     return "\n".join(lines)
