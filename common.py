@@ -227,6 +227,8 @@ def start_process_group(device: str) -> tuple[int, int, torch.device]:
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     device = usable_device(device, local_rank)
     if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
@@ -246,10 +248,11 @@ def usable_device(name: str, local_rank: int = 0) -> torch.device:
 
 def average_over_ranks(x: Tensor) -> Tensor:
     """Mean of a tensor over all ranks; the tensor itself in one process."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
+    if not dist.is_initialized():
+        return x
+    total = x.cuda() if dist.get_backend() == "nccl" else x.clone()  # nccl sums on GPUs only
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).to(x.device)
 
 
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:

@@ -257,7 +257,7 @@ def check(cfg: Config) -> None:
 def defaults(given: Config) -> Config:
     with plain_errors(2):
         task = envs.get_task(given.env)
-    return Config(**{**PRESETS[given.preset], **task.finetune}, preset=given.preset)
+    return Config(**{**task.finetune, **PRESETS[given.preset]}, preset=given.preset)
 
 
 def pretrain(cfg: Config) -> Path:
@@ -337,7 +337,7 @@ def main() -> None:
         )
     N, T = cfg.num_envs // world, cfg.decisions
     with plain_errors():
-        env = task.make(N, c.obs_steps)
+        env = (task.make_training or task.make)(N, c.obs_steps)
 
     # ---- model ------------------------------------------------------------------------------------------------------
     pretrained.to(device).eval().requires_grad_(False)
@@ -423,6 +423,10 @@ def main() -> None:
             }
             save_checkpoint(content, out / "state.pt")
 
+    def kept() -> str:  # for messages
+        files = [str(out / name) for name in ("dbpo.pt", "state.pt") if (out / name).exists()]
+        return f"{' and '.join(files) or 'Nothing'} was saved before."
+
     def evaluation() -> dict[str, float]:
         """Centre of the actor, fresh latents, no noise; the best becomes the checkpoint."""
         nonlocal best
@@ -463,13 +467,10 @@ def main() -> None:
             simulated = time.perf_counter()
             try:
                 final, reward, terminated, truncated, info = episodes.step(chunks)
-            except Exception as error:  # whatever a simulator raises: the run ends, what is saved stays
-                raise UserError(
-                    f"the environment failed in iteration {iteration} ({type(error).__name__}: {error}). {out} holds the last "
-                    "checkpoint; --resume goes on from the last save."
-                ) from error
+            except envs.SimulationError as error:
+                raise UserError(f"iteration {iteration}: {error}. {kept()}") from error
             if not np.isfinite(reward).all():
-                raise UserError(f"the environment gave a reward that is not finite in iteration {iteration}; {out} is untouched")
+                raise UserError(f"iteration {iteration}: the environment gave a reward that is not finite. {kept()}")
             simulation_s += time.perf_counter() - simulated
             ended = terminated | truncated
             scores += info["score"][ended].tolist()
@@ -549,8 +550,8 @@ def main() -> None:
                     norms.append(torch.nn.utils.clip_grad_norm_(actor_weights, cfg.grad_clip))
                 if not all(torch.isfinite(norm) for norm in norms):
                     raise UserError(
-                        f"a loss or its gradient is not finite in iteration {iteration}; stopped before the update. {out} "
-                        "holds the last good checkpoint. Try a smaller --actor-lr or --critic-lr."
+                        f"iteration {iteration}: a loss or its gradient is not finite; stopped before the update. {kept()} "
+                        "Try a smaller --actor-lr or --critic-lr."
                     )
                 critic_optimizer.step()
                 if acting:

@@ -175,12 +175,12 @@ def read_d4rl(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
     try:
         with h5py.File(path) as file:
             wanted = [*names, "terminals", "timeouts"]
-            missing = [name for name in wanted if name not in file]
+            missing = [name for name in wanted if not isinstance(file.get(name), h5py.Dataset)]
             wanted += ["next_observations"] if "observations" in names and "next_observations" in file else []
             if missing:
-                raise ValueError(f"it has no {', '.join(missing)} (it has {', '.join(file)})")
-            arrays = {name: file[name][:] for name in wanted}
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+                raise ValueError(f"it has no array {', '.join(missing)} (it has {', '.join(file)})")
+            arrays = {name: np.asarray(file[name][:]) for name in wanted}
+    except (OSError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path} is not a whole D4RL file: {error}. Copy it again, or give another with --demos.") from error
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
@@ -191,8 +191,12 @@ def read_d4rl(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
     arrays = {name: array[: ends[-1]] for name, array in arrays.items()}
     following = arrays.pop("next_observations", None)
     if following is not None:
+        if following.shape != arrays["observations"].shape or following.ndim != 2:
+            shapes = f"{following.shape}, observations {arrays['observations'].shape}"
+            raise ValueError(f"{path}: next_observations has shape {shapes}; both must be (steps, features)")
         arrays["observations"], keep = check_observations(path, arrays["observations"], following, ends)
-        arrays, ends = {name: array[keep] for name, array in arrays.items()}, np.cumsum(keep)[ends - 1]
+        arrays, ends = {name: array[keep] for name, array in arrays.items()}, np.unique(np.cumsum(keep)[ends - 1])
+        ends = ends[ends > 0]
     return arrays, ends
 
 
@@ -229,6 +233,9 @@ def read_minari(dataset_id: str, names: Sequence[str]) -> tuple[Arrays, np.ndarr
         raise ValueError(f"cannot load the Minari dataset {dataset_id!r} ({type(error).__name__}: {error})") from error
     if not episodes:
         raise ValueError(f"the Minari dataset {dataset_id!r} holds no episodes")
+    for name in names:
+        if not isinstance(getattr(episodes[0], name, None), np.ndarray):
+            raise ValueError(f"the Minari dataset {dataset_id!r} has no plain array {name!r} per episode, which this task reads")
     rows = {name: [getattr(episode, name)[: len(episode.actions)] for episode in episodes] for name in names}
     return {name: np.concatenate(parts) for name, parts in rows.items()}, np.cumsum([len(e.actions) for e in episodes])
 

@@ -66,7 +66,10 @@ def rollout(policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int 
             running = np.flatnonzero(~done)
             chunks = np.zeros((len(batch), c.action_steps, c.action_dim), np.float32)
             chunks[running] = policy.act({k: v[running] for k, v in obs.items()}, z[running]).cpu().numpy()
-            obs, reward, terminated, truncated, info = env.step(chunks)
+            try:
+                obs, reward, terminated, truncated, info = env.step(chunks)
+            except envs.SimulationError as error:
+                raise UserError(f"the evaluation ended: {error}. The checkpoints that are saved stay as they are.") from error
             done = terminated | truncated
             total += reward
         results["score"].append(info["score"])
@@ -167,18 +170,15 @@ def interval_text(line: dict) -> str:
     return "95 % interval [{}, {}]".format(*map(number_text, line["score_ci95"]))
 
 
-def write_gif(frames: list[list[np.ndarray]], path: str | Path, every: int | None = None, fps: int = 20) -> None:
+def write_gif(frames: list[list[np.ndarray]], path: str | Path, every: int = 2, fps: int = 20) -> None:
     """Episodes next to each other; a finished one holds its last frame. frames[episode][step] (H, W, 3) uint8.
 
-    every: show each so many-th step; None: the second, for episodes of more than 300 steps the fourth of the first 600.
-    No frames, no file.
+    every: show each so many-th frame. No frames, no file.
     """
     import imageio.v3 as iio
 
     if not frames:
         return
-    frames = [f[:601] for f in frames]
-    every = every or (2 if max(len(f) for f in frames) <= 301 else 4)
     length = max(len(f) for f in frames) + 10  # the end stays on for a moment
     steps = [np.concatenate([f[min(t, len(f) - 1)] for f in frames], 1) for t in range(0, length, every)]
     with plain_errors():

@@ -3,6 +3,7 @@ script's own loop on a toy task, watched from inside."""
 
 import itertools
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -441,6 +442,31 @@ def test_above_the_kl_limit_the_actor_rests_and_the_critic_goes_on(finetune):
     assert steps(state["critic_optimizer"]) == 3 * 2 * 4
 
 
+def test_the_best_evaluation_is_kept(finetune, monkeypatch, tmp_path):
+    scores, judged = iter([5.0, 7.0, 6.0, 7.0]), []  # of the pretrained policy and after each iteration
+
+    def select(policy, task, episodes):
+        judged.append({name: value.clone() for name, value in policy.state_dict().items()})
+        return {"score": next(scores)}
+
+    monkeypatch.setattr(dbpo_finetune.evaluate, "select", select)
+    assert finetune("--eval-every", "1")["best"] == 7
+    kept = Policy.load(tmp_path / "out" / "dbpo.pt").state_dict()
+    same = [all(torch.equal(value, weights[name]) for name, value in kept.items()) for weights in judged]
+    assert same == [False, True, False, False]
+
+
+def test_a_resumed_run_still_knows_its_best(finetune, monkeypatch, tmp_path):
+    scores = iter([5.0, 9.0, 6.0, 7.0])
+    monkeypatch.setattr(dbpo_finetune.evaluate, "select", lambda *_: {"score": next(scores)})
+    with monkeypatch.context() as stopped, pytest.raises(SystemExit):
+        stopped.setattr(dbpo_finetune, "catch_signals", lambda: [signal.SIGTERM])  # leaves after the first iteration
+        finetune("--eval-every", "1")
+    kept = (tmp_path / "out" / "dbpo.pt").read_bytes()
+    assert finetune("--eval-every", "1", "--resume")["best"] == 9
+    assert (tmp_path / "out" / "dbpo.pt").read_bytes() == kept
+
+
 def test_what_is_learnt_earns_more(finetune):
     """The clock pays for the first executed number of every chunk. Mean reward of an iteration, first against last."""
     words = f"--decisions 50 --minibatch 50 --actor-lr 2e-3 --anchor 0 --env-steps {12 * N * 50 * TA} --target-kl 0.1"
@@ -453,20 +479,26 @@ def test_what_is_learnt_earns_more(finetune):
 
 
 def test_a_simulation_that_fails_is_one_message_and_the_last_save_stays(finetune, monkeypatch, tmp_path):
-    monkeypatch.setattr(Clock, "fail_at", 2 * 6 + 3)  # in the third iteration
-    with pytest.raises(UserError, match=r"the clock stopped.*--resume"):
+    monkeypatch.setattr(Clock, "fail_at", 2 * T + 3)  # in the third iteration
+    with pytest.raises(UserError, match=r"iteration 2: the clock stopped.*dbpo.pt and .*state.pt was saved before"):
         finetune()
     assert load_checkpoint(tmp_path / "out" / "state.pt")["iteration"] == 2
     assert Policy.load(tmp_path / "out" / "dbpo.pt").config.env == "toy"
 
 
 def test_a_reward_that_is_not_a_number_stops_before_the_update(finetune, monkeypatch, tmp_path):
-    monkeypatch.setattr(Clock, "bad_reward_at", 2 * 6 + 3)
-    with pytest.raises(UserError, match="not finite in iteration 2"):
+    monkeypatch.setattr(Clock, "bad_reward_at", 2 * T + 3)
+    with pytest.raises(UserError, match="iteration 2: .*reward that is not finite"):
         finetune()
     state = load_checkpoint(tmp_path / "out" / "state.pt")
     assert state["iteration"] == 2
     assert all(torch.isfinite(value).all() for weights in ("actor", "critic") for value in state[weights].values())
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(finetune, tmp_path):
+    with pytest.raises(UserError, match=r"iteration 0: .*gradient is not finite.*--critic-lr"):
+        finetune("--critic-lr", "1e30")
+    assert Policy.load(tmp_path / "out" / "dbpo.pt").state_dict().keys() == make_policy().state_dict().keys()
 
 
 @pytest.mark.parametrize("eval_every", ["1", "10"])

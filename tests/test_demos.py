@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import sys
+import types
 import urllib.error
 import urllib.request
 import zipfile
@@ -275,8 +277,180 @@ def test_a_download_is_verified_by_its_counts(data_folder, monkeypatch, pusht_ar
     with pytest.raises(ValueError, match=r"3 episodes and 98 steps.*206.*25,?_?650"):
         load("official")
     # With the counts of what was sent, the same archive is taken, and read from the disk the second time.
-    source = demos.Source("pusht.npz", demos.SOURCES["pusht"].official_url, 3, 98)
+    source = demos.Source("pusht.npz", demos.SOURCES["pusht"].official_url, official_steps=98, official_episodes=3)
     monkeypatch.setitem(demos.SOURCES, "pusht", source)
     first = load("official")
     monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("downloaded again"))
     np.testing.assert_array_equal(load("official").actions, first.actions)
+
+
+# --- D4RL and Minari --------------------------------------------------------------------------------------------------
+
+HOPPER = envs.TASKS["hopper-medium-v2"]
+ENDS = [20, 45]  # the first episode terminates, the second is cut by the clock, the third is unfinished
+
+
+def d4rl_arrays(**changes) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    obs = rng.normal(size=(60, 11)).astype(np.float32)
+    arrays = {"observations": obs, "actions": rng.uniform(-1, 1, (60, 3)).astype(np.float32), "rewards": rng.normal(size=60)}
+    arrays |= {"terminals": np.arange(60) == ENDS[0] - 1, "timeouts": np.arange(60) == ENDS[1] - 1}
+    following = np.roll(obs, -1, 0)
+    following[[end - 1 for end in ENDS]] += 9  # behind the last step of an episode comes its final observation, not the next row
+    return {**arrays, "next_observations": following, **changes}
+
+
+def write_d4rl(path: Path, arrays: dict[str, np.ndarray | None]) -> Path:
+    with pytest.importorskip("h5py").File(path, "w") as file:
+        for name, array in arrays.items():
+            if array is not None:
+                file[name] = array
+    return path
+
+
+def load_hopper(source: Path | str) -> demos.Demos:
+    return demos.load(str(source), HOPPER.name, HOPPER.demo_arrays, HOPPER.demo_convert)
+
+
+@pytest.mark.parametrize("following", [True, False])
+def test_d4rl_gives_its_finished_episodes(following, tmp_path, capsys):
+    arrays = d4rl_arrays()
+    data = load_hopper(write_d4rl(tmp_path / "a.hdf5", arrays if following else {**arrays, "next_observations": None}))
+    assert data.episode_ends.tolist() == ENDS
+    np.testing.assert_array_equal(data.obs["state"], arrays["observations"][: ENDS[-1]])
+    np.testing.assert_array_equal(data.actions, arrays["actions"][: ENDS[-1]])
+    np.testing.assert_allclose(data.returns, [arrays["rewards"][:20].sum(), arrays["rewards"][20:45].sum()])
+    assert capsys.readouterr().err == ""
+
+
+def test_observations_that_repeat_one_buffer_are_rebuilt(tmp_path, capsys):
+    """Such a file's rows lose the first step of each episode, and with it its action and its reward."""
+    arrays = d4rl_arrays()
+    frozen = d4rl_arrays(observations=np.repeat(arrays["observations"][-1:], 60, 0))
+    data = load_hopper(write_d4rl(tmp_path / "frozen.hdf5", frozen))
+    rows = [*range(1, 20), *range(21, 45)]
+    assert data.episode_ends.tolist() == [19, 43]
+    np.testing.assert_array_equal(data.obs["state"], arrays["observations"][rows])
+    np.testing.assert_array_equal(data.actions, arrays["actions"][rows])
+    np.testing.assert_allclose(data.returns, [arrays["rewards"][1:20].sum(), arrays["rewards"][21:45].sum()])
+    message = capsys.readouterr().err
+    assert "frozen.hdf5" in message and "1 distinct rows of 45" in message and message.count("\n") == 1
+
+
+def test_one_recorded_row_that_does_not_follow_is_no_reason_to_rebuild(tmp_path, capsys):
+    obs, following = (np.tile(d4rl_arrays()[name], (10, 1)) for name in ("observations", "next_observations"))
+    ends = np.array([600])
+    inner = np.ones(600, bool)
+    inner[0] = False
+    following[:-1] = obs[1:]
+    following[300] += 1
+    kept, keep = demos.check_observations(tmp_path, obs, following, ends)
+    assert kept is obs and keep.all()
+    following[300:320] += 1
+    rebuilt, keep = demos.check_observations(tmp_path, obs, following, ends)
+    assert (keep == inner).all()
+    np.testing.assert_array_equal(rebuilt[1:], following[:-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"actions": None}, r"is not a whole D4RL file: it has no array actions \(it has .*observations"),
+        ({"terminals": None, "timeouts": None}, "it has no array terminals, timeouts"),
+        ({"actions": np.zeros((59, 3), np.float32)}, "unequal length: .*actions 59"),
+        ({"next_observations": np.zeros((59, 11), np.float32)}, "unequal length: .*next_observations 59"),
+        ({"terminals": np.zeros(60, bool), "timeouts": np.zeros(60, bool)}, "no complete episode: terminals and timeouts"),
+        ({"observations": np.zeros((60, 10), np.float32), "next_observations": None}, r"does not fit hopper.*\(steps, 11\)"),
+        ({"actions": np.zeros((60, 4), np.float32)}, r"does not fit hopper.*actions must have shape \(steps, 3\)"),
+        ({"actions": np.zeros(60, np.float32)}, r"does not fit hopper.*actions must have shape \(steps, 3\)"),
+        ({"next_observations": np.zeros((60, 10), np.float32)}, "next_observations"),
+        ({"observations": np.zeros(60, np.float32), "next_observations": np.ones(60, np.float32)}, "observations"),
+        ({"observations": {"x": 1}}, "observations"),  # a group, which Minari's own files have
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
+)
+def test_wrong_d4rl_contents_are_named(changes, words, tmp_path):
+    arrays = d4rl_arrays(**changes)
+    for name, inside in changes.items():
+        if isinstance(inside, dict):
+            arrays |= {name: None, f"{name}/x": np.zeros(60)}
+    path = write_d4rl(tmp_path / "a.hdf5", arrays)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_hopper(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
+def test_a_truncated_d4rl_file_is_refused(kept, tmp_path):
+    path = write_d4rl(tmp_path / "a.hdf5", d4rl_arrays())
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    with pytest.raises(ValueError, match=r"a\.hdf5 is not a whole D4RL file.*--demos"):
+        load_hopper(path)
+
+
+class Minari:
+    """Stands in for the package: load_dataset gives these episodes, or fails with this error."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def load_dataset(self, dataset_id: str, download: bool):
+        assert dataset_id == "mujoco/hopper/medium-v0" and download
+        if isinstance(self.content, Exception):
+            raise self.content
+        return types.SimpleNamespace(iterate_episodes=lambda: iter(self.content))
+
+
+def minari_episode(steps: int, seed: int) -> types.SimpleNamespace:
+    rng = np.random.default_rng(seed)
+    obs, actions = rng.normal(size=(steps + 1, 11)), rng.uniform(-1, 1, (steps, 3))
+    return types.SimpleNamespace(observations=obs, actions=actions, rewards=rng.normal(size=steps))
+
+
+def test_minari_episodes_lose_their_final_observation(monkeypatch):
+    episodes = [minari_episode(7, 0), minari_episode(4, 1)]
+    monkeypatch.setitem(sys.modules, "minari", Minari(episodes))
+    data = load_hopper("minari:mujoco/hopper/medium-v0")
+    assert data.episode_ends.tolist() == [7, 11] and "mujoco/hopper/medium-v0" in data.source
+    expected = np.concatenate([episode.observations[:-1] for episode in episodes]).astype(np.float32)
+    np.testing.assert_array_equal(data.obs["state"], expected)
+    np.testing.assert_array_equal(data.actions, np.concatenate([e.actions for e in episodes]).astype(np.float32))
+    np.testing.assert_allclose(data.returns, [e.rewards.sum() for e in episodes])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (KeyError("no such dataset"), "cannot load the Minari dataset 'mujoco/hopper/medium-v0'.*no such dataset"),
+        ([], "'mujoco/hopper/medium-v0' holds no episodes"),
+    ],
+    ids=["not there", "empty"],
+)
+def test_a_minari_dataset_that_cannot_be_used_is_named(content, words, monkeypatch):
+    monkeypatch.setitem(sys.modules, "minari", Minari(content))
+    with pytest.raises(ValueError, match=words):
+        load_hopper("minari:mujoco/hopper/medium-v0")
+
+
+def test_a_minari_dataset_of_another_kind_of_task_is_named(monkeypatch):
+    """Push-T asks for arrays that Minari's episodes do not have; and some datasets have observations under several keys."""
+    monkeypatch.setitem(sys.modules, "minari", Minari([minari_episode(7, 0)]))
+    with pytest.raises(ValueError, match="mujoco/hopper/medium-v0"):
+        load("minari:mujoco/hopper/medium-v0")
+    keyed = minari_episode(7, 0)
+    keyed.observations = {"observation": keyed.observations}
+    monkeypatch.setitem(sys.modules, "minari", Minari([keyed]))
+    with pytest.raises(ValueError, match="mujoco/hopper/medium-v0"):
+        load_hopper("minari:mujoco/hopper/medium-v0")
+
+
+@pytest.mark.parametrize(
+    ("package", "source", "remedy"), [("minari", "minari:x", "pip install 'minari"), ("h5py", "a.hdf5", "pip install h5py")]
+)
+def test_a_missing_package_is_named_with_its_remedy(package, source, remedy, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)  # import fails
+    monkeypatch.chdir(tmp_path)
+    Path("a.hdf5").touch()
+    with pytest.raises(ImportError, match=remedy):
+        load_hopper(source)

@@ -45,15 +45,15 @@ def test_chunks_equal_gym_pusht_step_by_step():
         chunks = np.stack([pushes(rng, state[:2], state[2:4], 8) for state in states])
         obs, reward, done, late, info = ours.step(chunks)
         for i, table in enumerate(theirs):
-            rewards = []
+            rewards, before = [], best[i]
             for action in chunks[i]:
                 states[i], step_reward, terminated, _, step_info = table.step(action.astype(np.float64))
                 rewards.append(step_reward)
             assert np.array_equal(tables(ours)[i].get_obs(), states[i])  # bit for bit, whatever the contacts
-            assert tables(ours)[i]._get_coverage() == step_info["coverage"]
+            assert abs(tables(ours)[i]._get_coverage() - step_info["coverage"]) < 1e-12  # theirs adds the T's parts in any order
             best[i] = max(best[i], *rewards)
-            assert reward[i] == sum(rewards)
-            assert info["score"][i] == best[i]
+            assert abs(info["score"][i] - best[i]) < 1e-12
+            assert abs(reward[i] - (best[i] - before + terminated)) < 1e-12  # progress, and 1 for success
             assert done[i] == info["success"][i] == terminated and not late[i]
         now = np.array(states)
         np.testing.assert_array_equal(obs["state"][:, -1], envs.pusht_state(now[:, :2], now[:, 2:]).astype(np.float32))
@@ -73,7 +73,7 @@ def test_success_ends_the_episode_in_the_middle_of_a_chunk():
     _, reward, done, _, info = ours.step(np.broadcast_to(action, (2, 8, 2)))
     assert done.tolist() == info["success"].tolist() == [True, False]
     assert info["length"].tolist() == [1, 8]
-    assert info["score"][0] == reward[0] == step_reward == 1
+    assert info["score"][0] == step_reward == 1 and reward[0] == 2  # all the progress there is, and 1 for success
     assert np.array_equal(tables(ours)[0].get_obs(), state)  # the other seven actions were not executed
 
 
