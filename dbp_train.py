@@ -103,7 +103,7 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "fast": {},
-    "best": {"steps": 16_000, "mirror": True, "eval_every": 4_000},
+    "best": {"steps": 24_000, "batch_size": 128, "mirror": True, "eval_every": 8_000},
     "paper": {
         "steps": 75_600,  # 100 epochs of the 24,208 windows of the human demonstrations, in batches of 32
         "batch_size": 32,

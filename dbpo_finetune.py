@@ -450,13 +450,14 @@ def main() -> None:
     )  # fmt: skip
     shown: dict[str, str] = {}
     while iteration < iterations:
-        iteration_began, simulation_s = time.perf_counter(), 0.0
+        iteration_began, simulation_s, network_s = time.perf_counter(), 0.0, 0.0
         progress = iteration / iterations
 
         # Algorithm 2, rollout (47): draw z, draw the chunk, execute its prefix, store what the likelihood needs.
         steps: list[dict] = []
         scores, lengths = [], []
         for _ in range(T):
+            forward_began = time.perf_counter()
             obs = tensors(episodes.obs)
             z = policy.sample_latents(N, generator).to(device)
             noise = torch.randn(N, c.action_steps, c.action_dim, generator=generator).clamp(-cfg.noise_clip, cfg.noise_clip)
@@ -464,14 +465,15 @@ def main() -> None:
                 mu, sigma = actor(policy.encode(obs), z)
                 executed = policy.executed(mu) + sigma * noise.to(device)  # Eqs. (12), (46)      (N, Ta, Da)
                 chunks = policy.normalize_action.inverse(executed).cpu().numpy()
-            simulated = time.perf_counter()
+            simulation_began = time.perf_counter()
+            network_s += simulation_began - forward_began
             try:
                 final, reward, terminated, truncated, info = episodes.step(chunks)
             except envs.SimulationError as error:
                 raise UserError(f"iteration {iteration}: {error}. {kept()}") from error
             if not np.isfinite(reward).all():
                 raise UserError(f"iteration {iteration}: the environment gave a reward that is not finite. {kept()}")
-            simulation_s += time.perf_counter() - simulated
+            simulation_s += time.perf_counter() - simulation_began
             ended = terminated | truncated
             scores += info["score"][ended].tolist()
             lengths += info["length"][ended].tolist()
@@ -557,7 +559,7 @@ def main() -> None:
                 if acting:
                     actor_optimizer.step()
                 records.append(record)
-        network_s = time.perf_counter() - network_began
+        network_s += time.perf_counter() - network_began
         iteration += 1
         bar.update(per_iteration)
 

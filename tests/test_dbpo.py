@@ -488,7 +488,7 @@ def test_a_simulation_that_fails_is_one_message_and_the_last_save_stays(finetune
 
 def test_a_reward_that_is_not_a_number_stops_before_the_update(finetune, monkeypatch, tmp_path):
     monkeypatch.setattr(Clock, "bad_reward_at", 2 * T + 3)
-    with pytest.raises(UserError, match="iteration 2: .*reward that is not finite"):
+    with pytest.raises(UserError, match=r"iteration 2: .*reward that is not finite"):
         finetune()
     state = load_checkpoint(tmp_path / "out" / "state.pt")
     assert state["iteration"] == 2
