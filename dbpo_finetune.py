@@ -74,16 +74,16 @@ class Config:
     seed: int = 0  # of latents, noise, minibatches, critic and episode starts
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
 
-    env_steps: int = 1_000_000  # environment steps in all
+    env_steps: int = 1_500_000  # environment steps in all
     num_envs: int = 40  # N, over all processes; released: 40
-    decisions: int = 100  # chunks per environment and iteration; released: 500
-    minibatch: int = 1_000  # decisions per update, over all processes; 0: all of the iteration, as released
+    decisions: int = 25  # chunks per environment and iteration: few, and many iterations; released: 500
+    minibatch: int = 250  # decisions per update, over all processes; 0: all of the iteration, as released
     epochs: int = 5  # passes over an iteration; released: 5
     actor_lr: float = 1e-4  # of Adam, at the start; released: 1e-5
     actor_lr_end: float = 1e-5  # at the end, linear between; released: 3e-6 (cosine)
     critic_lr: float = 1e-3  # of Adam; released: 1e-4
     grad_clip: float = 0.5  # largest norm of the gradient, of actor and critic each; released: 0.5
-    critic_only: int = 2  # first iterations that train the critic alone; released: 5
+    critic_only: int = 10  # first iterations that train the critic alone; released: 5
 
     gamma: float = 0.99  # discount per decision; released: 0.99
     gae_lambda: float = 0.95  # lambda of the advantages; released: 0.95
@@ -94,16 +94,16 @@ class Config:
     anchor: float = 1.0  # weight of Eq. (16) at the start; released: 1
     anchor_end: float = 0.0  # ... at the end, linear between (Appendix F5: strong early, relaxed later)
 
-    sigma_start: float = 0.1  # exploration noise at the start, normalised action units
+    sigma_start: float = 0.15  # exploration noise at the start, normalised action units
     sigma_min: float = 0.03  # smallest; released: 0.03
     sigma_max: float = 0.2  # largest; released: 0.10
     noise_clip: float = 3.0  # exploration noise is clipped at so many sigma; released: 3
     mean_log_prob: bool = False  # DEPARTS Eq. (13), as released: log-prob averaged over coordinates, floored at -2
 
-    eval_every: int = 10  # iterations between evaluations; the best by score is kept
+    eval_every: int = 25  # iterations between evaluations; the best by score is kept
     eval_episodes: int = 20  # episodes of such an evaluation, starts from seed 50,000 on
     report_episodes: int = 100  # episodes of the final one, starts from seed 100,000 on
-    save_every: int = 10  # iterations between saves of state.pt
+    save_every: int = 25  # iterations between saves of state.pt
 
 
 PRESETS: dict[str, dict] = {
@@ -116,6 +116,9 @@ PRESETS: dict[str, dict] = {
         "actor_lr_end": 3e-6,
         "critic_lr": 1e-4,
         "critic_only": 5,
+        "sigma_start": 0.1,
+        "eval_every": 10,
+        "save_every": 1,
         "clip": 0.02,
         "entropy_weight": 0.01,
         "anchor_end": 1.0,

@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "dbpo.jsonl"
 RUNS = ROOT / "runs" / "benchmark"
 GROUPS = {  # name: (task, demonstrations, flags of dbpo_finetune.py); HOPPER and HUMAN stand for the paths given
-    "hopper": ("hopper-medium-v2", "HOPPER", ["--env-steps", "5000000"]),
-    "hopper-no-anchor": ("hopper-medium-v2", "HOPPER", ["--env-steps", "5000000", "--anchor", "0"]),
+    "hopper": ("hopper-medium-v2", "HOPPER", []),
+    "hopper-no-anchor": ("hopper-medium-v2", "HOPPER", ["--anchor", "0"]),
     "walker2d": ("walker2d-medium-v2", "embedded", ["--env-steps", "10000000"]),
     "walker2d-no-anchor": ("walker2d-medium-v2", "embedded", ["--env-steps", "10000000", "--anchor", "0"]),
     "halfcheetah": ("halfcheetah-medium-v2", "embedded", ["--env-steps", "10000000"]),
