@@ -203,7 +203,7 @@ def plot_curves(log: RunLog, task: envs.Task, path: Path) -> None:
     steps, score = log.column("score")
     axes[0].fill_between(steps, log.column("score_low")[1], log.column("score_high")[1], alpha=0.2)
     lines = axes[0].plot(steps, score, "o-", label=f"score ({task.score})")
-    axes[0].set(ylim=(0, max(1.02, *log.column("score_high")[1])), title="averaged policy in the simulator")
+    axes[0].set(ylim=(0, max(1.02, *(1.05 * x for x in score))), title="averaged policy in the simulator")
     right = axes[0].twinx()
     lines += right.plot(*log.column("success_rate"), "s--", color="tab:green", label="success rate")
     right.set(ylim=(0, 1.02))

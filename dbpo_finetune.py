@@ -469,7 +469,7 @@ def main() -> None:
         iteration_began, simulation_s, network_s = time.perf_counter(), 0.0, 0.0
         progress = iteration / iterations
 
-        # Algorithm 2, rollout (47): draw z, draw the chunk, execute its prefix, store what the likelihood needs.
+        # Algorithm 2, rollout, Eq. (47): draw z, draw the chunk, execute its prefix, store what the likelihood needs.
         steps: list[dict] = []
         scores, lengths = [], []
         for _ in range(T):
