@@ -283,8 +283,9 @@ def pusht_env() -> gymnasium.Env:
     """One Push-T table. Physics, resets and coverage are gym-pusht's; observation and score are the paper's.
 
     Score: largest coverage / 0.95 reached so far, at most 1; an episode ends above 0.95 (success) or after 300 steps.
-    Reward: the progress of the score, and 1 for success. Paid per step for coverage, as gym-pusht pays, an agent learns to hover
-    just below success, which would end the episode and the income.
+    Reward: the change of coverage / 0.95, and 1 for success. Paid per step for coverage, as gym-pusht pays, an agent learns to
+    hover just below success, which would end the episode and the income. The progress of the largest coverage would depend on
+    the past, which the observation does not show.
     Starts: gym-pusht's own, numpy's PCG64 from the seed (Diffusion Policy draws other starts from the same seed).
     """
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory, no display needed
@@ -305,13 +306,16 @@ def pusht_env() -> gymnasium.Env:
 
         def reset(self, **kwargs):
             state, info = super().reset(**kwargs)
-            self.score, self.steps = 0.0, 0
             self.parts = [shape.get_vertices() for shape in self._block_shapes]  # in this order, not in that of a set
             self.goal = self._polygons(self.get_goal_pose_body(self.goal_pose))
+            self.score, self.steps, self.coverage = 0.0, 0, self._coverage()
             return pusht_state(state[None, :2], state[None, 2:])[0], info
 
         def _polygons(self, body):
             return shapely.multipolygons(shapely.polygons([[body.local_to_world(v) for v in part] for part in self.parts]))
+
+        def _coverage(self) -> float:
+            return shapely.intersection(self.goal, self._polygons(self.block)).area / self.goal.area
 
         def step(self, action):
             (x, y), agent = np.asarray(action, np.float64).tolist(), self.agent
@@ -321,15 +325,15 @@ def pusht_env() -> gymnasium.Env:
                 agent.velocity = vx + ax * self.dt, vy + ay * self.dt
                 self.space.step(self.dt)
             self._last_action = action  # for the film
-            coverage = shapely.intersection(self.goal, self._polygons(self.block)).area / self.goal.area
-            success = coverage > self.success_threshold
+            before, self.coverage = self.coverage, self._coverage()
+            success = self.coverage > self.success_threshold
+            reward = (self.coverage - before) / self.success_threshold + success
+            self.score = max(self.score, min(self.coverage / self.success_threshold, 1.0))
             self.steps += 1
-            progress = max(0.0, min(coverage / self.success_threshold, 1.0) - self.score)
-            self.score += progress
             pose = np.array([[*self.block.position, self.block.angle % (2 * np.pi)]])
             late = not success and self.steps >= PUSHT_MAX_STEPS
-            info = {"score": self.score, "success": success, "coverage": coverage}
-            return pusht_state(np.array([agent.position]), pose)[0], progress + success, success, late, info
+            info = {"score": self.score, "success": success}
+            return pusht_state(np.array([agent.position]), pose)[0], reward, success, late, info
 
     table = Table(obs_type="state", render_mode="rgb_array", visualization_width=256, visualization_height=256)
     table.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (20,))

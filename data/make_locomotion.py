@@ -10,6 +10,7 @@ file holds both as plain arrays in float16. envs.record_locomotion draws the dem
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -45,6 +46,7 @@ class Config:
     clip: float = 0.2  # of the ratio
     target_kl: float = 0.02  # an iteration's updates of the actor stop above this
     sigma: float = 0.5  # noise at the start, before tanh
+    sigma_min: float = 0.05  # smallest noise; Ant needs more, its costs of control otherwise teach it to stand still
     width: int = 128  # of the two hidden layers
     every: int = 100_000  # steps between snapshots
     episodes: int = 20  # full-length episodes that measure a snapshot
@@ -66,14 +68,15 @@ class Actor(nn.Module):
                 nn.Linear(cfg.width, action_dim),
             ]
         )
+        self.bounds = math.log(cfg.sigma_min), 0.5
         nn.init.orthogonal_(self.layers[2].weight, 0.01)
         nn.init.zeros_(self.layers[2].bias)
         nn.init.zeros_(self.layers[3].weight)
-        nn.init.constant_(self.layers[3].bias, float(np.log(cfg.sigma)))
+        nn.init.constant_(self.layers[3].bias, math.log(cfg.sigma))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         h = self.layers[1](self.layers[0](obs).relu()).relu()
-        return self.layers[2](h), self.layers[3](h).clamp(-3, 0.5).exp()
+        return self.layers[2](h), self.layers[3](h).clamp(*self.bounds).exp()
 
     @torch.no_grad()
     def arrays(self, mean: np.ndarray, std: np.ndarray) -> dict[str, np.ndarray]:

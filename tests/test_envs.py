@@ -41,11 +41,12 @@ def test_chunks_equal_gym_pusht_step_by_step():
     starts = np.array(states)
     np.testing.assert_array_equal(obs["state"][:, -1], envs.pusht_state(starts[:, :2], starts[:, 2:]).astype(np.float32))
     rng, best = np.random.default_rng(0), [0.0] * 3
+    coverage = [table._get_coverage() for table in theirs]
     for _ in range(12):
         chunks = np.stack([pushes(rng, state[:2], state[2:4], 8) for state in states])
         obs, reward, done, late, info = ours.step(chunks)
         for i, table in enumerate(theirs):
-            rewards, before = [], best[i]
+            rewards, before = [], coverage[i]
             for action in chunks[i]:
                 states[i], step_reward, terminated, _, step_info = table.step(action.astype(np.float64))
                 rewards.append(step_reward)
@@ -53,7 +54,8 @@ def test_chunks_equal_gym_pusht_step_by_step():
             assert abs(tables(ours)[i]._get_coverage() - step_info["coverage"]) < 1e-12  # theirs adds the T's parts in any order
             best[i] = max(best[i], *rewards)
             assert abs(info["score"][i] - best[i]) < 1e-12
-            assert abs(reward[i] - (best[i] - before + terminated)) < 1e-12  # progress, and 1 for success
+            coverage[i] = step_info["coverage"]
+            assert abs(reward[i] - ((coverage[i] - before) / 0.95 + terminated)) < 1e-12  # its change, and 1 for success
             assert done[i] == info["success"][i] == terminated and not late[i]
         now = np.array(states)
         np.testing.assert_array_equal(obs["state"][:, -1], envs.pusht_state(now[:, :2], now[:, 2:]).astype(np.float32))
@@ -67,13 +69,15 @@ def test_success_ends_the_episode_in_the_middle_of_a_chunk():
     theirs.reset(seed=1)
     put_block_on_goal(tables(ours)[0])
     put_block_on_goal(theirs)
+    tables(ours)[0].coverage = before = 0.5  # as if it had come from there
     action = np.array([60, 60], np.float32)
-    state, step_reward, terminated, *_ = theirs.step(action.astype(np.float64))
+    state, step_reward, terminated, _, step_info = theirs.step(action.astype(np.float64))
     assert terminated
     _, reward, done, _, info = ours.step(np.broadcast_to(action, (2, 8, 2)))
     assert done.tolist() == info["success"].tolist() == [True, False]
     assert info["length"].tolist() == [1, 8]
-    assert info["score"][0] == step_reward == 1 and reward[0] == 2  # all the progress there is, and 1 for success
+    assert info["score"][0] == step_reward == 1
+    assert abs(reward[0] - ((step_info["coverage"] - before) / 0.95 + 1)) < 1e-12
     assert np.array_equal(tables(ours)[0].get_obs(), state)  # the other seven actions were not executed
 
 
@@ -134,7 +138,7 @@ def test_an_episode_ends_after_300_steps_and_stays_ended():
         assert done[0] == (chunk >= 38)  # 37 chunks are 296 steps
     assert rewards[38] == 0 and not info["success"][0]
     assert (np.diff(rewards) < 0).any() and (np.diff(scores) >= 0).all()
-    assert max(rewards) / 8 <= scores[-1] < 1  # the largest reward of a step, not of a chunk
+    assert sum(rewards) <= scores[-1] < 1  # the score is the largest coverage, the rewards add up to the last
     state = tables(env)[0].get_obs()
     env.step(np.full((1, 8, 2), 400, np.float32))
     assert np.array_equal(tables(env)[0].get_obs(), state)
