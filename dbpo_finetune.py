@@ -99,6 +99,7 @@ class Config:
     sigma_min: float = 0.03  # smallest; released: 0.03
     sigma_max: float = 0.2  # largest; released: 0.10
     noise_clip: float = 3.0  # exploration noise is clipped at so many sigma; released: 3
+    noise_color: float = 0.0  # 0: independent noise at each step; above, low frequencies dominate; DEPARTS Eq. (12)
     mean_log_prob: bool = False  # DEPARTS Eq. (13), as released: log-prob averaged over coordinates, floored at -2
 
     eval_every: int = 25  # iterations between evaluations; the best by score is kept
@@ -135,18 +136,22 @@ FREE_ON_RESUME = {"resume", "out", "device"}  # what --resume may change
 # --- the equations ------------------------------------------------------------------------------------------------------
 
 
-def prefix_log_prob(executed: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
+def prefix_log_prob(executed: Tensor, mu: Tensor, sigma: Tensor, unmix: Tensor | None = None) -> Tensor:
     """Eqs. (13), (48), (57): log N(executed; mu, sigma^2), summed over the executed prefix and the action's coordinates.
 
-    Args: all (B, Ta, Da); mu is the executed prefix of the chunk mean. Returns: (B,).
+    Args: all (B, Ta, Da); mu is the executed prefix of the chunk mean; unmix (Ta, Ta): executed - mu = unmix^-1 (sigma eps), see
+        GaussianActor; None for independent noise. Returns: (B,).
     The rest of the chunk was never executed: the reward cannot tell anything about it, and its likelihood stays out.
     """
-    return (-0.5 * ((executed - mu) / sigma).square() - sigma.log() - 0.5 * math.log(2 * math.pi)).sum((-2, -1))
+    noise, volume = executed - mu, 0.0
+    if unmix is not None:
+        noise, volume = unmix @ noise, executed.shape[-1] * torch.linalg.slogdet(unmix).logabsdet
+    return (-0.5 * (noise / sigma).square() - sigma.log() - 0.5 * math.log(2 * math.pi)).sum((-2, -1)) + volume
 
 
-def released_log_prob(executed: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
+def released_log_prob(executed: Tensor, mu: Tensor, sigma: Tensor, unmix: Tensor | None = None) -> Tensor:
     """DEPARTS Eq. (13), as released: the average over coordinates instead of the sum, floored at -2. (B, Ta, Da) -> (B,)."""
-    return (prefix_log_prob(executed, mu, sigma) / executed[0].numel()).clamp_min(-2)
+    return (prefix_log_prob(executed, mu, sigma, unmix) / executed[0].numel()).clamp_min(-2)
 
 
 def ratio(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
@@ -254,7 +259,17 @@ def check(cfg: Config) -> None:
         "save_every",
     )
     above_0 = ("actor_lr", "critic_lr", "grad_clip", "clip", "target_kl", "sigma_start", "sigma_min", "sigma_max", "noise_clip")
-    from_0 = ("minibatch", "critic_only", "actor_lr_end", "value_weight", "entropy_weight", "anchor", "anchor_end", "seed")
+    from_0 = (
+        "minibatch",
+        "critic_only",
+        "actor_lr_end",
+        "value_weight",
+        "entropy_weight",
+        "anchor",
+        "anchor_end",
+        "noise_color",
+        "seed",
+    )
     for names, holds, text in (
         (at_least_1, lambda x: x >= 1, "at least 1"),
         (above_0, lambda x: 0 < x < math.inf, "above 0"),
@@ -357,12 +372,15 @@ def main() -> None:
 
     # ---- model ------------------------------------------------------------------------------------------------------
     pretrained.to(device).eval().requires_grad_(False)
-    actor = GaussianActor(copy.deepcopy(pretrained).requires_grad_(True), cfg.sigma_start, cfg.sigma_min, cfg.sigma_max)
+    actor = GaussianActor(
+        copy.deepcopy(pretrained).requires_grad_(True), cfg.sigma_start, cfg.sigma_min, cfg.sigma_max, cfg.noise_color
+    )
     actor.to(device)  # in eval mode throughout: dropout would make the ratio differ from 1 before the first update
     policy, critic = actor.policy, Critic(c.obs_steps * pretrained.encoder.feature_dim).to(device)
     actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
     actor_optimizer = torch.optim.Adam(actor_weights, lr=cfg.actor_lr, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(critic_weights, lr=cfg.critic_lr, eps=1e-5, fused=True)
+    unmix = actor.unmix if cfg.noise_color > 0 else None
     log_prob_of = released_log_prob if cfg.mean_log_prob else prefix_log_prob
     scale = RewardScale(N, cfg.gamma)
     per_iteration = cfg.num_envs * T * c.action_steps
@@ -479,7 +497,7 @@ def main() -> None:
             noise = torch.randn(N, c.action_steps, c.action_dim, generator=generator).clamp(-cfg.noise_clip, cfg.noise_clip)
             with torch.no_grad():
                 mu, sigma = actor(policy.encode(obs), z)
-                executed = policy.executed(mu) + sigma * noise.to(device)  # Eqs. (12), (46)      (N, Ta, Da)
+                executed = policy.executed(mu) + actor.mix @ (sigma * noise.to(device))  # Eqs. (12), (46)      (N, Ta, Da)
                 chunks = policy.normalize_action.inverse(executed).cpu().numpy()
             simulation_began = time.perf_counter()
             network_s += simulation_began - forward_began
@@ -529,7 +547,7 @@ def main() -> None:
             for which in order.split(minibatch):
                 cond = policy.encode({key: x[which] for key, x in obs.items()})
                 mu, sigma = actor(cond, z[which])
-                old_log_prob[which] = log_prob_of(executed[which], policy.executed(mu), sigma)
+                old_log_prob[which] = log_prob_of(executed[which], policy.executed(mu), sigma, unmix)
                 cond = pretrained.encode({key: x[which] for key, x in obs.items()})
                 mu_pretrained[which] = pretrained.backbone(z[which].unsqueeze(1), cond)[:, 0]
 
@@ -549,7 +567,7 @@ def main() -> None:
                 record = {"value_loss": loss_value.detach()}
                 if acting:
                     mu, sigma = actor(cond, z[which])
-                    r = ratio(log_prob_of(executed[which], policy.executed(mu), sigma), old_log_prob[which])
+                    r = ratio(log_prob_of(executed[which], policy.executed(mu), sigma, unmix), old_log_prob[which])
                     kl = average_over_ranks(kl_estimate(r.detach()))
                     acting = kl.item() <= cfg.target_kl
                 if acting:

@@ -344,15 +344,29 @@ class GaussianActor(nn.Module):
     The noise exists in training only, where it gives the executed actions a likelihood; deployment executes mu, which is
     `self.policy`, an ordinary one-step policy. SILENT the observation feature h of Eq. (43) is the condition vector, and there
     is one sigma per coordinate of the executed prefix.
+
+    Noise of colour beta has the power (1 + k)^-beta at the k-th cosine wave along the prefix, the same in sum: executed = mu +
+    mix (sigma * eps). 0 is white, mix = 1, the paper's. DEPARTS above 0: what a body low-passes explores little if each step has
+    noise of its own, and an offset that lasts for the prefix explores much. The density stays a Gaussian and exact.
     """
 
-    def __init__(self, policy: Policy, sigma_start: float, sigma_min: float, sigma_max: float):
+    def __init__(self, policy: Policy, sigma_start: float, sigma_min: float, sigma_max: float, noise_color: float = 0.0):
         super().__init__()
         c = policy.config
         self.policy, self.bounds = policy, (math.log(sigma_min), math.log(sigma_max))
         self.log_std = nn.Linear(c.obs_steps * policy.encoder.feature_dim, c.action_steps * c.action_dim)  # Eq. (44)
         nn.init.zeros_(self.log_std.weight)
         nn.init.constant_(self.log_std.bias, math.log(sigma_start))
+        mix, unmix = torch.eye(c.action_steps), torch.eye(c.action_steps)
+        if noise_color > 0:
+            k = torch.arange(c.action_steps, dtype=torch.float64)
+            waves = torch.cos(math.pi / c.action_steps * torch.outer(k + 0.5, k))  # columns: orthogonal cosine waves (DCT-II)
+            waves = waves / waves.norm(dim=0)
+            amplitude = (1 + k) ** (-noise_color / 2)
+            amplitude = amplitude / amplitude.square().mean().sqrt()
+            mix, unmix = ((waves * scale @ waves.T).float() for scale in (amplitude, 1 / amplitude))
+        self.register_buffer("mix", mix, persistent=False)  # (Ta, Ta)
+        self.register_buffer("unmix", unmix, persistent=False)  # its inverse
 
     def forward(self, cond: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """cond (B, C) from `Policy.encode`, z (B, Tp, Da) -> mu (B, Tp, Da), sigma (B, Ta, Da); normalised actions."""

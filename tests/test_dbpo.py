@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_MLP, TINY_UNET
-from torch.distributions import Independent, Normal, kl_divergence
+from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
 import dbpo_finetune
 import envs
@@ -57,6 +57,28 @@ def test_log_prob_and_entropy_equal_torch_distributions():
     oracle = Independent(Normal(mu, sigma), 2)  # summed over the prefix and the coordinates
     torch.testing.assert_close(prefix_log_prob(mu + noise, mu, sigma), oracle.log_prob(mu + noise))
     torch.testing.assert_close(entropy(sigma), oracle.entropy().mean())
+
+
+def test_coloured_noise_is_a_gaussian_with_long_waves_and_as_much_power():
+    policy, (mu, sigma), noise = make_policy(), gaussian(), randn(B, TA, DA, seed=2)
+    actor = GaussianActor(policy, 0.1, 0.01, 1.0, noise_color=2.0).double()
+    mix, unmix = actor.mix, actor.unmix
+    found = prefix_log_prob(mu + mix @ (sigma * noise), mu, sigma, unmix)
+    for b in range(B):
+        coordinates = [
+            MultivariateNormal(mu[b, :, d], mix @ torch.diag(sigma[b, :, d].square()) @ mix.T).log_prob(
+                mu[b, :, d] + mix @ (sigma[b, :, d] * noise[b, :, d])
+            )
+            for d in range(DA)
+        ]
+        torch.testing.assert_close(found[b], sum(coordinates), rtol=1e-5, atol=1e-4)
+    assert abs((mix @ mix.T).diag().mean() - 1) < 1e-6  # the power of white noise, spread otherwise:
+    ones = torch.ones(TA, dtype=torch.float64) / TA**0.5
+    assert ones @ mix @ mix.T @ ones > 1.5  # an offset of the whole prefix has more of it, the fastest wave less
+    fastest = torch.tensor([(-1.0) ** t for t in range(TA)], dtype=torch.float64) / TA**0.5
+    assert fastest @ mix @ mix.T @ fastest < 0.7
+    white = GaussianActor(policy, 0.1, 0.01, 1.0)
+    assert torch.equal(white.mix, torch.eye(TA)) and torch.equal(white.unmix, torch.eye(TA))
 
 
 def test_only_the_executed_prefix_counts():
@@ -359,7 +381,7 @@ def steps(optimizer: dict) -> int:
     return int(optimizer["state"][0]["step"])
 
 
-@pytest.mark.parametrize("words", [[], ["--mean-log-prob"]], ids=["Eq. 13", "released"])
+@pytest.mark.parametrize("words", [[], ["--mean-log-prob"], ["--noise-color", "1"]], ids=["Eq. 13", "released", "coloured noise"])
 @pytest.mark.parametrize(
     "sizes",
     [TINY_MLP, {"cond_width": 512, "cond_depth": 2, "width": 128, "depth": 2}, TINY_UNET],
@@ -383,7 +405,9 @@ def test_the_likelihood_is_of_what_was_executed(finetune, monkeypatch):
     """The clock pays the first executed number of each chunk, in order; the noise around it is clipped."""
     seen = spy(monkeypatch, "prefix_log_prob", [])
     finetune("--noise-clip", "0.5", "--epochs", "1", iterations=1)
-    executed, mu, sigma = (torch.cat(x).detach() for x in zip(*(args for _, args, _ in seen[:4]), strict=True))  # of all 24 rows
+    executed, mu, sigma = (
+        torch.cat(x).detach() for x in zip(*(args[:3] for _, args, _ in seen[:4]), strict=True)
+    )  # of all 24 rows
     paid = np.concatenate([reward for _, reward, *_ in Clock.made[0].seen])
     np.testing.assert_array_equal(np.sort(executed[:, 0, 0].numpy()), np.sort(paid.astype(np.float32)))
     noise = ((executed - mu) / sigma).abs()
