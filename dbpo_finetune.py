@@ -424,6 +424,7 @@ def main() -> None:
                 "episodes",
                 "episode_score",
                 "episode_length",
+                "episode_success",
                 "kl",
                 "clip_fraction",
             ]
@@ -489,7 +490,7 @@ def main() -> None:
 
         # Algorithm 2, rollout, Eq. (47): draw z, draw the chunk, execute its prefix, store what the likelihood needs.
         steps: list[dict] = []
-        scores, lengths = [], []
+        scores, lengths, successes = [], [], []
         for _ in range(T):
             forward_began = time.perf_counter()
             obs = tensors(episodes.obs)
@@ -510,6 +511,7 @@ def main() -> None:
             simulation_s += time.perf_counter() - simulation_began
             ended = terminated | truncated
             scores += info["score"][ended].tolist()
+            successes += info["success"][ended].tolist()
             lengths += info["length"][ended].tolist()
             step = {"z": z, "executed": executed, "reward": reward, "terminated": terminated, "truncated": truncated, "obs": obs}
             steps.append(step | {"final": {key: value[truncated] for key, value in final.items()}})
@@ -606,6 +608,7 @@ def main() -> None:
             row |= {"actor_updates": sum("kl" in record for record in records), "reward_std": scale.std, "episodes": len(scores)}
             if scores:
                 row |= {"episode_score": float(np.mean(scores)), "episode_length": float(np.mean(lengths))}
+                row["episode_success"] = float(np.mean(successes))
             whole = time.perf_counter() - iteration_began
             row |= {"simulation_s": simulation_s, "network_s": network_s, "other_s": whole - simulation_s - network_s}
             if evaluating:
