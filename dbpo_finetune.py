@@ -99,6 +99,7 @@ class Config:
     sigma_min: float = 0.03  # smallest; released: 0.03
     sigma_max: float = 0.2  # largest; released: 0.10
     noise_clip: float = 3.0  # exploration noise is clipped at so many sigma; released: 3
+    latent_scale: float | None = None  # std of the latents from here on, kept in the policy; none: the checkpoint's
     noise_color: float = 0.0  # 0: independent noise at each step; above, low frequencies dominate; DEPARTS Eq. (12)
     mean_log_prob: bool = False  # DEPARTS Eq. (13), as released: log-prob averaged over coordinates, floored at -2
 
@@ -279,6 +280,8 @@ def check(cfg: Config) -> None:
         for name in names:
             if not holds(getattr(cfg, name)):
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be {text}", 2)
+    if cfg.latent_scale is not None and not 0 <= cfg.latent_scale < math.inf:
+        raise UserError(f"--latent-scale is {cfg.latent_scale}; it must be a number from 0 on", 2)
     if not cfg.sigma_min <= cfg.sigma_start <= cfg.sigma_max:
         raise UserError(f"--sigma-start is {cfg.sigma_start}; it must lie in [{cfg.sigma_min}, {cfg.sigma_max}]", 2)
 
@@ -360,6 +363,8 @@ def main() -> None:
     if world > 1:
         dist.barrier()
     pretrained = Policy.from_state(state["pretrained"]) if state else Policy.load(cfg.ckpt or f"runs/{cfg.env}/dbp.pt")
+    if cfg.latent_scale is not None:
+        pretrained.config = dataclasses.replace(pretrained.config, latent_scale=cfg.latent_scale)
     c = pretrained.config
     if (c.env, c.obs_shapes, c.action_dim) != (task.name, task.obs_shapes, task.action_dim):
         raise UserError(

@@ -55,7 +55,7 @@ def test_chunks_equal_gym_pusht_step_by_step():
             best[i] = max(best[i], *rewards)
             assert abs(info["score"][i] - best[i]) < 1e-12
             coverage[i] = step_info["coverage"]
-            assert abs(reward[i] - ((coverage[i] - before) / 0.95 + terminated)) < 1e-12  # its change, and 1 for success
+            assert abs(reward[i] - (0.1 * (coverage[i] - before) / 0.95 + terminated)) < 1e-12  # and 1 for success
             assert done[i] == info["success"][i] == terminated and not late[i]
         now = np.array(states)
         np.testing.assert_array_equal(obs["state"][:, -1], envs.pusht_state(now[:, :2], now[:, 2:]).astype(np.float32))
@@ -77,7 +77,7 @@ def test_success_ends_the_episode_in_the_middle_of_a_chunk():
     assert done.tolist() == info["success"].tolist() == [True, False]
     assert info["length"].tolist() == [1, 8]
     assert info["score"][0] == step_reward == 1
-    assert abs(reward[0] - ((step_info["coverage"] - before) / 0.95 + 1)) < 1e-12
+    assert abs(reward[0] - (0.1 * (step_info["coverage"] - before) / 0.95 + 1)) < 1e-12
     assert np.array_equal(tables(ours)[0].get_obs(), state)  # the other seven actions were not executed
 
 
@@ -138,7 +138,7 @@ def test_an_episode_ends_after_300_steps_and_stays_ended():
         assert done[0] == (chunk >= 38)  # 37 chunks are 296 steps
     assert rewards[38] == 0 and not info["success"][0]
     assert (np.diff(rewards) < 0).any() and (np.diff(scores) >= 0).all()
-    assert sum(rewards) <= scores[-1] < 1  # the score is the largest coverage, the rewards add up to the last
+    assert 10 * sum(rewards) <= scores[-1] < 1  # the score is the largest coverage, the rewards add up to the last
     state = tables(env)[0].get_obs()
     env.step(np.full((1, 8, 2), 400, np.float32))
     assert np.array_equal(tables(env)[0].get_obs(), state)
