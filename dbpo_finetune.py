@@ -483,7 +483,7 @@ def main() -> None:
     if first and iteration == 0:
         row = evaluation()
         log.write(0, {"seconds": wall(), **row})
-        say(f"pretrained policy: score {row['score']:,.1f} ({task.score}), {cfg.eval_episodes} episodes")
+        say(f"pretrained policy: score {evaluate.number_text(row['score'])} ({task.score}), {cfg.eval_episodes} episodes")
     bar = tqdm(
         total=iterations * per_iteration, initial=iteration * per_iteration, disable=not first, unit="step", unit_scale=True,
         dynamic_ncols=True,
@@ -618,9 +618,9 @@ def main() -> None:
             row |= {"simulation_s": simulation_s, "network_s": network_s, "other_s": whole - simulation_s - network_s}
             if evaluating:
                 row |= evaluation()
-                shown["score"] = f"{row['score']:.0f} (best {best:.0f})"
+                shown["score"] = f"{evaluate.number_text(row['score'])} (best {evaluate.number_text(best)})"
             for name, text in (
-                ("episode_score", "{:.0f}"),
+                ("episode_score", "{:.4g}"),
                 ("kl", "{:.3f}"),
                 ("clip_fraction", "{:.2f}"),
                 ("anchor_distance", "{:.2f}"),
