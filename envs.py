@@ -600,7 +600,10 @@ def record_locomotion(path: Path, body: str, levels: Sequence[str], steps: int =
         with np.load(source, allow_pickle=False) as file:
             weights = dict(file)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} is missing or damaged ({error}); fetch it again from the project, or give --demos") from error
+        raise ValueError(
+            f"there is no behaviour policy for {body} to record embedded demonstrations with ({source}: {error}); give --demos "
+            "official, minari:ID or a path"
+        ) from error
     parts = []
     for k, level in enumerate(levels):
         policy = Behaviour({name.split("_")[1]: x for name, x in weights.items() if name.startswith(level)})
