@@ -289,7 +289,8 @@ def check(cfg: Config) -> None:
 def defaults(given: Config) -> Config:
     with plain_errors(2):
         task = envs.get_task(given.env)
-    return Config(**{**task.finetune, **PRESETS[given.preset]}, preset=given.preset)
+    settings = task.finetune if given.preset == "fast" else {}  # the released settings know no tasks
+    return Config(**{**settings, **PRESETS[given.preset]}, preset=given.preset)
 
 
 def pretrain(cfg: Config) -> Path:

@@ -299,7 +299,7 @@ def pusht_env() -> gymnasium.Env:
     import shapely
 
     class Table(pusht.PushTEnv):
-        """gym-pusht's step in plain numbers and with a goal that is built once: the same bits, 2.5 times faster."""
+        """gym-pusht's step in plain numbers and with a goal that is built once: the same bits, two to three times faster."""
 
         def _handle_collision(self, *_):
             """gym-pusht counts points of contact here, which nobody reads."""
