@@ -46,7 +46,8 @@ class Config:
     clip: float = 0.2  # of the ratio
     target_kl: float = 0.02  # an iteration's updates of the actor stop above this
     sigma: float = 0.5  # noise at the start, before tanh
-    sigma_min: float = 0.05  # smallest noise; Ant needs more, its costs of control otherwise teach it to stand still
+    sigma_min: float = 0.05  # smallest noise
+    control_cost: float = 1.0  # of the training, in units of the environment's; the whole one teaches Ant to stand still
     width: int = 128  # of the two hidden layers
     every: int = 100_000  # steps between snapshots
     episodes: int = 20  # full-length episodes that measure a snapshot
@@ -95,7 +96,9 @@ def main() -> None:
     torch.manual_seed(cfg.seed)
     obs_dim, action_dim = envs.OBS_DIMS[cfg.body]
     T, N = cfg.horizon, cfg.num_envs
-    episodes = envs.Episodes(envs.Locomotion(N, 1, cfg.body, cfg.threads), 5_000_000 + 100_000 * cfg.seed, 1)
+    env = envs.Locomotion(N, 1, cfg.body, cfg.threads)
+    env.gym._ctrl_cost_weight *= cfg.control_cost
+    episodes = envs.Episodes(env, 5_000_000 + 100_000 * cfg.seed, 1)
     actor, critic, scale = Actor(obs_dim, action_dim, cfg), Critic(obs_dim), ppo.RewardScale(N, cfg.gamma)
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=cfg.lr, eps=1e-5, fused=True)
     mean, variance, count = np.zeros(obs_dim), np.ones(obs_dim), 1.0  # of the observations so far
