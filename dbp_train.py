@@ -49,6 +49,7 @@ from common import (
     start_process_group,
 )
 from drift import dbp_loss, dbp_loss_stepwise
+from encoders import kind
 from policy import EMA, Policy, PolicyConfig
 
 
@@ -83,7 +84,8 @@ class Config:
     ema_power: float = 0.75  # averaged weights: decay 1 - (1 + t)^-power; Table VII
     ema_max_decay: float = 0.9999  # ... at most this; Table VII
 
-    obs_noise: float = 0.02  # std of noise on observations in training, in halves of their range; DEPARTS paper: none
+    obs_noise: float = 0.02  # std of noise on the state in training, in halves of its range; DEPARTS paper: none
+    shift: float = 0.0  # metres; clouds: in training the whole scene stands elsewhere by up to so much; DEPARTS paper: 0
 
     obs_steps: int = 2  # To; Table VII
     horizon: int = 16  # Tp; Table VII
@@ -94,6 +96,13 @@ class Config:
     cond_depth: int = 2  # mlp: its residual blocks
     width: int = 128  # mlp: features of the chunk trunk, which runs G times per observation
     depth: int = 2  # mlp: its residual blocks
+    image_network: Literal["cnn", "resnet18"] = "cnn"  # of cameras; cnn: small, for the CPU
+    image_pooling: Literal["spatial_softmax", "average"] = "spatial_softmax"  # of cameras: where things are, or what there is
+    image_crop: float = 0.9  # cameras: side of the crop, share of the image's; random in training, the middle when acting
+    image_dim: int = 64  # cameras: features of each
+    shared_cameras: bool = False  # one network for all cameras
+    point_widths: tuple[int, ...] = (64, 128, 256)  # clouds: features of each point, layer by layer
+    point_dim: int = 64  # clouds: features of the cloud
 
     eval_every: int = 2_750  # steps between evaluations; the best by score is kept
     eval_episodes: int = 50  # episodes of such an evaluation, starts from seed 50,000 on
@@ -135,6 +144,8 @@ def check(cfg: Config) -> None:
         "eval_episodes",
         "report_episodes",
         "save_every",
+        "image_dim",
+        "point_dim",
     )
     for name in at_least_1:
         if getattr(cfg, name) < 1:
@@ -152,7 +163,7 @@ def check(cfg: Config) -> None:
     for name in ("lr", "grad_clip", "ema_power"):
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0", 2)
-    for name in ("warmup", "weight_decay", "obs_noise", "latent_scale", "cond_depth", "seed"):
+    for name in ("warmup", "weight_decay", "obs_noise", "shift", "latent_scale", "cond_depth", "seed"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be a number from 0 on", 2)
 
@@ -248,9 +259,11 @@ def main() -> None:
         task = envs.get_task(cfg.env)
         if cfg.mirror and task.demo_mirror is None:
             raise ValueError(f"{cfg.env} has no mirror symmetry; omit --mirror")
+        if cfg.shift and task.shift is None:
+            raise ValueError(f"{cfg.env} cannot be shifted; omit --shift")
     with plain_errors():
         mirror = task.demo_mirror if cfg.mirror else None
-        data = demos.load(cfg.demos, cfg.env, task.demo_arrays, task.demo_convert, mirror, task.demo_record)
+        data = demos.load(cfg.demos, cfg.env, task.demo_arrays, task.demo_convert, mirror, task.demo_record, task.demo_origin)
         task.make(1, cfg.obs_steps).close()  # a missing simulator shows now, not after the training
 
     # ---- model ------------------------------------------------------------------------------------------------------
@@ -269,6 +282,13 @@ def main() -> None:
                 cond_depth=cfg.cond_depth,
                 width=cfg.width,
                 depth=cfg.depth,
+                image_network=cfg.image_network,
+                image_pooling=cfg.image_pooling,
+                image_crop=cfg.image_crop,
+                image_dim=cfg.image_dim,
+                shared_cameras=cfg.shared_cameras,
+                point_widths=cfg.point_widths,
+                point_dim=cfg.point_dim,
             )
         )
     with plain_errors():
@@ -342,7 +362,8 @@ def main() -> None:
         save_checkpoint(content, out / "state.pt")
 
     # ---- loop: collect, update, log, evaluate, save -------------------------------------------------------------------
-    noise_std = {key: cfg.obs_noise * policy.normalize_obs[key].half_range for key in task.obs_shapes}  # environment units
+    states = [key for key, shape in task.obs_shapes.items() if kind(shape) == "state"]
+    noise_std = {key: cfg.obs_noise * policy.normalize_obs[key].half_range for key in states}  # environment units
 
     def noise(key: str) -> torch.Tensor:  # of the whole minibatch, as the latents below
         draw = torch.randn(cfg.batch_size, cfg.obs_steps, *task.obs_shapes[key], generator=generator)[share]
@@ -358,7 +379,10 @@ def main() -> None:
         z = torch.randn(cfg.batch_size, cfg.hypotheses, cfg.horizon, task.action_dim, generator=generator)[share]
         obs, chunk = windows[which.to(device)]
         if cfg.obs_noise:  # with few demonstrations a little noise is worth more than more steps
-            obs = {key: value + noise(key) for key, value in obs.items()}
+            obs |= {key: obs[key] + noise(key) for key in states}
+        if cfg.shift:  # the actions are displacements: the same wherever the scene stands
+            offset = cfg.shift * (2 * torch.rand(cfg.batch_size, 3, generator=generator)[share] - 1)
+            obs = task.shift(obs, offset.to(device))
         expert = policy.normalize_action(chunk).unsqueeze(1)  #                    (B, 1, Tp, Da)
 
         # Lines 3-7: hypotheses (24), drift and regression (25)-(40).

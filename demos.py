@@ -79,7 +79,7 @@ for _name, _steps in D4RL_STEPS.items():
 
 @dataclasses.dataclass(frozen=True)
 class Demos:
-    """obs {key: (N, *shape)} and actions (N, Da), float32, environment units; episode_ends (episodes,)."""
+    """obs {key: (N, *shape)} and actions (N, Da), float32 (images uint8), environment units; episode_ends (episodes,)."""
 
     obs: dict[str, np.ndarray]
     actions: np.ndarray
@@ -97,7 +97,7 @@ class Demos:
         for name, array in {"action": self.actions, **self.obs}.items():
             if len(array) != n:
                 raise ValueError(f"{self.source}: {name} has {len(array)} steps, action has {n}; they must be equal")
-            if not np.isfinite(array).all():
+            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
                 step = int(np.argwhere(~np.isfinite(array))[0, 0])
                 raise ValueError(f"{self.source}: {name} has NaN or infinity at step {step}; remove or mend that episode")
 
@@ -259,20 +259,21 @@ def load(
     convert: Callable[[Arrays], tuple[dict[str, np.ndarray], np.ndarray]],
     mirror: Callable[[Arrays], Arrays] | None = None,
     record: Callable[[Path], None] | None = None,
+    origin: str = "",
 ) -> Demos:
     """Load the demonstrations of a task.
 
     Args: source: "embedded", "official" or a path; task: a key of SOURCES for the first two; names: arrays to read;
-        record: makes the embedded file where it is recorded on first use;
+        record: makes the embedded file where it is recorded on first use; origin: who acted there, for the run's first line;
         convert: arrays -> (obs, actions), raising ValueError where they do not fit the task; mirror: arrays -> the same
         episodes in a symmetry of the task, which are then added to them.
     """
-    if source in ("embedded", "official") and task not in SOURCES:
+    if (source == "official" and task not in SOURCES) or (source == "embedded" and task not in SOURCES and record is None):
         raise ValueError(f"{task} has no {source} demonstrations; give --demos PATH")
     if source == "embedded":
-        path = DATA / SOURCES[task].embedded
+        path = DATA / (SOURCES[task].embedded if task in SOURCES else f"recorded/{task}.npz")
         if record is not None and not path.exists():
-            print(f"recording demonstrations with this project's own behaviour policy -> {path}", flush=True)
+            print(f"recording demonstrations -> {path}", flush=True)
             record(path)
     elif source == "official":
         path = DATA / "official" / SOURCES[task].official_url.rsplit("/", 1)[-1]
@@ -300,14 +301,14 @@ def load(
         obs, actions = convert(arrays)
     except ValueError as error:
         raise ValueError(f"{path} does not fit {task}: {error}") from error
-    recorded = "recorded with our own behaviour policy, not D4RL's: " if source == "embedded" and record is not None else ""
-    label = f"{source} demonstrations ({recorded}{path.name})" if source in ("embedded", "official") else str(path)
+    origin = f"{origin}: " if source == "embedded" and origin else ""
+    label = f"{source} demonstrations ({origin}{path.name})" if source in ("embedded", "official") else str(path)
     if mirror is not None:
         mirrored_obs, mirrored_actions = convert(mirror(arrays))
         obs = {key: np.concatenate([value, mirrored_obs[key]]) for key, value in obs.items()}
         actions, ends = np.concatenate([actions, mirrored_actions]), np.concatenate([ends, len(actions) + ends])
         label += ", and their mirror images"
-    obs = {key: np.ascontiguousarray(value, np.float32) for key, value in obs.items()}
+    obs = {key: value if value.dtype == np.uint8 else np.ascontiguousarray(value, np.float32) for key, value in obs.items()}
     returns = np.add.reduceat(arrays["rewards"], [0, *ends[:-1]]) if "rewards" in arrays else None
     return Demos(obs, np.ascontiguousarray(actions, np.float32), np.asarray(ends, np.int64), label, returns)
 
@@ -357,9 +358,11 @@ class Windows:
             shortest = horizon - obs_steps - action_steps + 2
             raise ValueError(f"{demos.source}: every episode is shorter than {shortest} steps, too short for a window")
         self.index = torch.from_numpy(index).to(device)  #                             (windows, Tp)
-        self.obs = {key: torch.from_numpy(value).to(device) for key, value in demos.obs.items()}
+        self.obs = {
+            key: torch.from_numpy(v) if v.dtype == np.uint8 else torch.from_numpy(v).to(device) for key, v in demos.obs.items()
+        }
         self.actions = torch.from_numpy(demos.actions).to(device)
-        self.obs_steps = obs_steps
+        self.obs_steps, self.device = obs_steps, device
 
     def __len__(self) -> int:
         return len(self.index)
@@ -367,4 +370,6 @@ class Windows:
     def __getitem__(self, which: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """which (B,) -> obs {key: (B, To, *shape)}, chunk (B, Tp, Da); environment units."""
         rows = self.index[which]
-        return {k: v[rows[:, : self.obs_steps]] for k, v in self.obs.items()}, self.actions[rows]
+        history = rows[:, : self.obs_steps]
+        obs = {k: v[history.to(v.device)].to(self.device) for k, v in self.obs.items()}
+        return obs, self.actions[rows]

@@ -23,6 +23,7 @@ Errors are ValueError, ImportError with the pip line, or SimulationError where a
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import warnings
 from collections import deque
@@ -34,6 +35,8 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import torch
+
+import manipulation
 
 Arrays = dict[str, np.ndarray]
 
@@ -51,6 +54,8 @@ class Task:
     demo_convert: Callable[[Arrays], tuple[Arrays, np.ndarray]]  # those arrays -> (obs, actions), environment units
     demo_mirror: Callable[[Arrays], Arrays] | None = None  # those arrays -> the same episodes in the task's mirror, if it has one
     demo_record: Callable[[Path], None] | None = None  # makes the embedded demonstrations on first use, where they are recorded
+    demo_origin: str = ""  # ... and who acts there
+    shift: Callable[[dict, torch.Tensor], dict] | None = None  # the observation of a scene that stands elsewhere
     make_training: Callable[[int, int], object] | None = None  # the same for dbpo_finetune.py, where another is faster
     train: dict[str, object] = dataclasses.field(default_factory=dict)  # defaults of dbp_train.py that this task changes
     finetune: dict[str, object] = dataclasses.field(default_factory=dict)  # and of dbpo_finetune.py
@@ -62,7 +67,11 @@ class SimulationError(RuntimeError):
 
 def get_task(name: str) -> Task:
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
+        near = difflib.get_close_matches(name, TASKS, 5, 0.4)
+        families = sorted({task.split("-")[0] for task in TASKS})
+        raise ValueError(
+            f"unknown task {name!r}; near to it are {', '.join(near) or 'none'}, of {len(TASKS)}: {', '.join(families)}"
+        )
     return TASKS[name]
 
 
@@ -224,120 +233,6 @@ class GymVector:
 
 def _chunked(make: Callable[[], gymnasium.Env], obs_steps: int, number: int) -> Chunked:
     return Chunked(make(), obs_steps, number)
-
-
-# --- Push-T -----------------------------------------------------------------------------------------------------------
-
-# Diffusion Policy's nine keypoints in the T's own frame, pixels. Their program drew them at random once; these are recovered from
-# the published data (median over its frames of the keypoints turned back by the block's pose, residual 0.002 pixels).
-PUSHT_KEYPOINTS = np.array(
-    [
-        [9.26979, 90.04097],
-        [-60.98347, -1.18673],
-        [60.91276, -1.39337],
-        [-0.27050, 25.54363],
-        [-14.06493, 122.81586],
-        [39.00274, 32.85740],
-        [-39.96642, 32.72966],
-        [-16.82435, 62.86318],
-        [23.54146, -1.70029],
-    ]
-)
-
-
-def pusht_state(agent: np.ndarray, pose: np.ndarray) -> np.ndarray:
-    """The paper's observation: nine keypoints and the agent. agent (N, 2) pixels, pose (N, 3) pixels, rad -> (N, 20)."""
-    (x, y), cos, sin = PUSHT_KEYPOINTS.T, np.cos(pose[:, 2:]), np.sin(pose[:, 2:])  # (9,) each; (N, 1) each
-    state = np.empty((len(pose), 20))
-    state[:, 0:18:2] = cos * x - sin * y + pose[:, 0:1]
-    state[:, 1:18:2] = sin * x + cos * y + pose[:, 1:2]
-    state[:, 18:] = agent
-    return state
-
-
-def pusht_demos(arrays: Arrays) -> tuple[Arrays, np.ndarray]:
-    """state (N, 5) = agent x y, block x y angle; action (N, 2) = where the agent shall go. Pixels, rad."""
-    for name, width in (("state", 5), ("action", 2)):
-        if name not in arrays:
-            raise ValueError(f"it has no array {name}, shape (steps, {width})")
-        if arrays[name].shape[1:] != (width,):
-            raise ValueError(f"{name} has shape {arrays[name].shape}; it must be (steps, {width})")
-    state = np.asarray(arrays["state"], np.float64)
-    return {"state": pusht_state(state[:, :2], state[:, 2:])}, arrays["action"]
-
-
-def pusht_mirror(arrays: Arrays) -> Arrays:
-    """The same episodes, reflected in the axis of the target: x + y = 512, which is a diagonal of the table too.
-
-    The physics do not know left from right, so that a mirrored demonstration is one that somebody could have given.
-    """
-    state, action = np.asarray(arrays["state"], np.float64), arrays["action"]
-    agent, block, angle = 512 - state[:, 1::-1], 512 - state[:, 3:1:-1], np.pi / 2 - state[:, 4:]
-    return {"state": np.concatenate([agent, block, angle], -1), "action": 512 - action[:, ::-1]}
-
-
-PUSHT_MAX_STEPS = 300
-
-
-def pusht_env() -> gymnasium.Env:
-    """One Push-T table. Physics, resets and coverage are gym-pusht's; observation and score are the paper's.
-
-    Score: largest coverage / 0.95 reached so far, at most 1; an episode ends above 0.95 (success) or after 300 steps.
-    Reward: 1 for success, and a tenth of the change of coverage / 0.95. Paid per step for coverage, as gym-pusht pays, an agent
-    learns to hover just below success, which would end the episode and the income. More than a tenth drowns the rare success in
-    the noise of the way there; the progress of the largest coverage would depend on a past that the observation does not show.
-    Starts: gym-pusht's own, numpy's PCG64 from the seed (Diffusion Policy draws other starts from the same seed).
-    """
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory, no display needed
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    try:
-        from gym_pusht.envs import pusht
-    except ImportError as error:
-        hint = "apt-get install libgl1" if "libGL" in str(error) else "pip install gym-pusht==0.1.8"
-        raise ImportError(f"Push-T needs gym-pusht, which does not import here ({error}): {hint}") from error
-
-    import shapely
-
-    class Table(pusht.PushTEnv):
-        """gym-pusht's step in plain numbers and with a goal that is built once: the same bits, two to three times faster."""
-
-        def _handle_collision(self, *_):
-            """gym-pusht counts points of contact here, which nobody reads."""
-
-        def reset(self, **kwargs):
-            state, info = super().reset(**kwargs)
-            self.parts = [shape.get_vertices() for shape in self._block_shapes]  # in this order, not in that of a set
-            self.goal = self._polygons(self.get_goal_pose_body(self.goal_pose))
-            self.score, self.steps, self.coverage = 0.0, 0, self._coverage()
-            return pusht_state(state[None, :2], state[None, 2:])[0], info
-
-        def _polygons(self, body):
-            return shapely.multipolygons(shapely.polygons([[body.local_to_world(v) for v in part] for part in self.parts]))
-
-        def _coverage(self) -> float:
-            return shapely.intersection(self.goal, self._polygons(self.block)).area / self.goal.area
-
-        def step(self, action):
-            (x, y), agent = np.asarray(action, np.float64).tolist(), self.agent
-            for _ in range(int(1 / (self.dt * self.control_hz))):  # PD control towards the action
-                (px, py), (vx, vy) = agent.position, agent.velocity
-                ax, ay = self.k_p * (x - px) + self.k_v * (0 - vx), self.k_p * (y - py) + self.k_v * (0 - vy)
-                agent.velocity = vx + ax * self.dt, vy + ay * self.dt
-                self.space.step(self.dt)
-            self._last_action = action  # for the film
-            before, self.coverage = self.coverage, self._coverage()
-            success = self.coverage > self.success_threshold
-            reward = 0.1 * (self.coverage - before) / self.success_threshold + success
-            self.score = max(self.score, min(self.coverage / self.success_threshold, 1.0))
-            self.steps += 1
-            pose = np.array([[*self.block.position, self.block.angle % (2 * np.pi)]])
-            late = not success and self.steps >= PUSHT_MAX_STEPS
-            info = {"score": self.score, "success": success}
-            return pusht_state(np.array([agent.position]), pose)[0], reward, success, late, info
-
-    table = Table(obs_type="state", render_mode="rgb_array", visualization_width=256, visualization_height=256)
-    table.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (20,))
-    return table
 
 
 # --- locomotion: Hopper, Walker2d, HalfCheetah, Ant ---------------------------------------------------------------------
@@ -632,8 +527,43 @@ def locomotion_demos(arrays: Arrays, obs_dim: int, action_dim: int) -> tuple[Arr
     return {"state": arrays["observations"][:, :obs_dim]}, arrays["actions"]
 
 
+# Training and fine-tuning of each body. A decision of Hopper lasts for 4 steps, as in the papers; a cheetah's stride is no longer
+# than that and needs an eye on every step (README).
+LOCOMOTION = {
+    "hopper": ({"action_steps": 4, "cond_width": 256}, {}),
+    "walker2d": (
+        {"action_steps": 2, "cond_width": 128, "width": 64},
+        {
+            "env_steps": 3_000_000,
+            "decisions": 50,
+            "minibatch": 500,
+            "clip": 0.2,
+            "target_kl": 0.05,
+            "sigma_start": 0.1,
+            "anchor": 0.3,
+        },
+    ),
+    "halfcheetah": (
+        {"action_steps": 1, "cond_width": 128, "width": 64},
+        {
+            "env_steps": 1_000_000,
+            "decisions": 50,
+            "minibatch": 500,
+            "actor_lr": 6e-5,
+            "gamma": 0.98,
+            "clip": 0.2,
+            "target_kl": 0.05,
+            "sigma_start": 0.1,
+            "anchor": 0.1,
+        },
+    ),
+    "ant": ({"action_steps": 1, "cond_width": 128, "width": 64}, {}),
+}
+
+
 def locomotion_task(body: str, level: str) -> Task:
     obs_dim, action_dim = OBS_DIMS[body]
+    train, finetune = LOCOMOTION[body]
     return Task(
         name=f"{body}-{level}-v2",
         score="undiscounted return",
@@ -643,17 +573,45 @@ def locomotion_task(body: str, level: str) -> Task:
         demo_arrays=("observations", "actions", "rewards"),
         demo_convert=partial(locomotion_demos, obs_dim=obs_dim, action_dim=action_dim),
         demo_record=partial(record_locomotion, body=body, levels=level.split("-")),
+        demo_origin="recorded with our own behaviour policy, not D4RL's",
         # The spread in these data is the behaviour's noise, not a choice between ways to act: latents of std 0.2 act better
         # than 1, and the observation needs no noise, the data have enough.
         train={
             "obs_steps": 1,
             "horizon": 4,
-            "action_steps": 4,
-            "cond_width": 256,
             "obs_noise": 0.0,
             "latent_scale": 0.2,
             "steps": 3_000,
             "eval_every": 1_500,
+            **train,
+        },
+        finetune=finetune,
+    )
+
+
+def metaworld_task(task: str, view: str) -> Task:
+    shapes = manipulation.metaworld_shapes(view)
+    return Task(
+        name=f"metaworld-{task}" + ("" if view == "state" else f"-{view}"),
+        score="success",
+        obs_shapes=shapes,
+        action_dim=4,
+        make=partial(GymVector, partial(manipulation.MetaWorld, task, view)),
+        demo_arrays=(*shapes, "action"),
+        demo_convert=partial(manipulation.plain_demos, shapes=shapes, action_dim=4),
+        demo_record=partial(manipulation.record_metaworld, task=task, view=view),
+        demo_origin="Meta-World's scripted expert",
+        shift=manipulation.shift_scene if view == "points" else None,
+        # The experts look at the newest state alone, and so do the policies: To = 1.
+        train={
+            "obs_steps": 1,
+            "horizon": 4,
+            "action_steps": 3,
+            "batch_size": 128,
+            "steps": 2_000,
+            "eval_every": 1_000,
+            "eval_episodes": 20,
+            "report_episodes": 20,
         },
     )
 
@@ -664,11 +622,11 @@ TASKS = {
         score="largest coverage / 0.95",
         obs_shapes={"state": (20,)},
         action_dim=2,
-        make=partial(GymVector, pusht_env),
-        make_training=partial(GymVector, pusht_env, processes=True),
+        make=partial(GymVector, manipulation.pusht_env),
+        make_training=partial(GymVector, manipulation.pusht_env, processes=True),
         demo_arrays=("state", "action"),
-        demo_convert=pusht_demos,
-        demo_mirror=pusht_mirror,
+        demo_convert=manipulation.pusht_demos,
+        demo_mirror=manipulation.pusht_mirror,
         # Success is rare and late: large batches, small noise that lasts for a chunk, slim latents (dbpo_finetune.py, Config).
         finetune={
             "env_steps": 4_000_000,
@@ -692,3 +650,9 @@ TASKS = {
     ),
 }
 TASKS |= {task.name: task for body in BODIES for level in ("medium", "medium-expert") for task in [locomotion_task(body, level)]}
+TASKS |= {
+    task.name: task
+    for name in [name for group in manipulation.METAWORLD.values() for name in group]
+    for view in ("state", "image", "points")
+    for task in [metaworld_task(name, view)]
+}

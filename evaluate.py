@@ -24,6 +24,7 @@ import tyro
 
 import envs
 from common import UserError, plain_errors, run_main, usable_device
+from encoders import kind
 from policy import Policy
 
 MAX_ENVS = 100  # environments side by side
@@ -93,7 +94,8 @@ def latency(policy: Policy, calls: int = 200) -> tuple[np.ndarray, int]:
     """Milliseconds of single policy calls, batch 1, observation in and action out, after 20 warm-up calls; and the
     number of network passes that one call was seen to make (NFE)."""
     c = policy.config
-    obs = {key: np.zeros((1, c.obs_steps, *shape), np.float32) for key, shape in c.obs_shapes.items()}
+    types = {key: np.uint8 if kind(shape) == "image" else np.float32 for key, shape in c.obs_shapes.items()}
+    obs = {key: np.zeros((1, c.obs_steps, *shape), types[key]) for key, shape in c.obs_shapes.items()}
     passes = 0
 
     def count(*_):

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import UserError, load_checkpoint, save_checkpoint
-from encoders import StateEncoder
+from encoders import Encoder, kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,13 @@ class PolicyConfig:
     kernel_size: int = 5  # unet: Table VIII
     cond_dim: int = 256  # unet: Table VIII
     dropout: float = 0.1  # unet: Table VIII
+    image_network: str = "cnn"  # cameras: "cnn" or "resnet18"
+    image_pooling: str = "spatial_softmax"  # cameras: "spatial_softmax" or "average"
+    image_crop: float = 0.9  # cameras: side of the crop, share of the image's; random in training, the middle when acting
+    image_dim: int = 64  # cameras: features of each
+    shared_cameras: bool = False  # cameras: one network for all of them
+    point_widths: tuple[int, ...] = (64, 128, 256)  # clouds: features of each point, layer by layer
+    point_dim: int = 64  # clouds: features of the cloud
 
 
 def check_horizons(obs_steps: int, horizon: int, action_steps: int) -> None:
@@ -243,21 +250,26 @@ class Policy(nn.Module):
         super().__init__()
         check_horizons(config.obs_steps, config.horizon, config.action_steps)
         self.config = config
-        self.normalize_obs = nn.ModuleDict({key: Normalizer(shape) for key, shape in config.obs_shapes.items()})
+        normalized = {key: shape for key, shape in config.obs_shapes.items() if kind(shape) != "image"}
+        self.normalize_obs = nn.ModuleDict(
+            {key: Normalizer(shape[-1:] if kind(shape) == "cloud" else shape) for key, shape in normalized.items()}
+        )
         self.normalize_action = Normalizer((config.action_dim,))
-        self.encoder = StateEncoder(config.obs_shapes)
+        image = {name: getattr(config, f"image_{name}") for name in ("network", "pooling", "crop", "dim")}
+        image["shared"] = config.shared_cameras
+        self.encoder = Encoder(config.obs_shapes, image, {"widths": config.point_widths, "dim": config.point_dim})
         self.backbone = make_backbone(config, config.obs_steps * self.encoder.feature_dim)
 
     def fit_normalizers(self, obs: Mapping[str, np.ndarray], actions: np.ndarray) -> None:
         """obs {key: (N, *shape)}, actions (N, Da): all steps of the demonstrations, environment units."""
-        for key, values in obs.items():
-            self.normalize_obs[key].fit(torch.from_numpy(values))
+        for key, normalizer in self.normalize_obs.items():
+            normalizer.fit(torch.from_numpy(obs[key]).reshape(-1, *normalizer.center.shape))
         self.normalize_action.fit(torch.from_numpy(actions))
 
     def encode(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """o_hist of Eqs. (6), (18): obs {key: (B, To, *shape)}, environment units -> cond (B, C)."""
-        normalized = {key: self.normalize_obs[key](obs[key]) for key in self.config.obs_shapes}
-        return self.encoder(normalized).flatten(1)
+        """o_hist of Eqs. (6), (18): obs {key: (B, To, *shape)}, environment units, images uint8 -> cond (B, C)."""
+        normalized = {key: normalizer(obs[key]) for key, normalizer in self.normalize_obs.items()}
+        return self.encoder({**obs, **normalized}).flatten(1)
 
     def forward(self, obs: Mapping[str, Tensor], z: Tensor) -> Tensor:
         """Eqs. (7), (24): G chunks per observation. z (B, G, Tp, Da) -> (B, G, Tp, Da), normalised actions."""
@@ -283,7 +295,7 @@ class Policy(nn.Module):
         Args: obs {key: (B, To, *shape)}, arrays or tensors, environment units; z (B, Tp, Da): the latent, drawn by
             `sample_latents` with `generator` (a CPU generator) if None.
         Returns: (B, Ta, Da), environment units, on the policy's device: chunk indices To-1 ... To-1+Ta-1.
-        Raises: ValueError for a missing key or a shape that does not fit.
+        Raises: ValueError for a missing key, a shape that does not fit, or images that are not uint8.
         """
         c = self.config
         device = self.normalize_action.center.device
@@ -291,7 +303,11 @@ class Policy(nn.Module):
         for key, shape in c.obs_shapes.items():
             if key not in obs:
                 raise ValueError(f"the observation lacks {key!r}; this policy needs {list(c.obs_shapes)}")
-            tensors[key] = torch.as_tensor(obs[key], dtype=torch.float32, device=device)
+            tensors[key] = torch.as_tensor(obs[key], device=device)
+            if kind(shape) != "image":
+                tensors[key] = tensors[key].float()
+            elif tensors[key].dtype != torch.uint8:
+                raise ValueError(f"obs[{key!r}] holds {tensors[key].dtype}; images must be uint8, 0 to 255")
             if tensors[key].shape[1:] != (c.obs_steps, *shape):
                 raise ValueError(f"obs[{key!r}] has shape {tuple(tensors[key].shape)}; it must be (B, {c.obs_steps}, {shape})")
         batch = len(next(iter(tensors.values())))

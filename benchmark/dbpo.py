@@ -28,12 +28,12 @@ RUNS = ROOT / "runs" / "benchmark"
 GROUPS = {  # name: (task, demonstrations, flags of dbpo_finetune.py); HOPPER and HUMAN stand for the paths given
     "hopper": ("hopper-medium-v2", "HOPPER", []),
     "hopper-no-anchor": ("hopper-medium-v2", "HOPPER", ["--anchor", "0"]),
-    "walker2d": ("walker2d-medium-v2", "embedded", ["--env-steps", "4000000"]),
-    "walker2d-no-anchor": ("walker2d-medium-v2", "embedded", ["--env-steps", "4000000", "--anchor", "0"]),
-    "halfcheetah": ("halfcheetah-medium-v2", "embedded", ["--env-steps", "4000000"]),
-    "halfcheetah-no-anchor": ("halfcheetah-medium-v2", "embedded", ["--env-steps", "4000000", "--anchor", "0"]),
-    "ant": ("ant-medium-v2", "embedded", ["--env-steps", "10000000"]),
-    "ant-no-anchor": ("ant-medium-v2", "embedded", ["--env-steps", "10000000", "--anchor", "0"]),
+    "walker2d": ("walker2d-medium-v2", "embedded", []),
+    "walker2d-no-anchor": ("walker2d-medium-v2", "embedded", ["--anchor", "0"]),
+    "halfcheetah": ("halfcheetah-medium-v2", "embedded", []),
+    "halfcheetah-no-anchor": ("halfcheetah-medium-v2", "embedded", ["--anchor", "0"]),
+    "ant": ("ant-medium-v2", "embedded", []),
+    "ant-no-anchor": ("ant-medium-v2", "embedded", ["--anchor", "0"]),
     "pusht": ("pusht", "HUMAN", []),
 }
 

@@ -1,0 +1,333 @@
+"""Manipulation tasks as gymnasium environments: Push-T, Meta-World.
+
+Each is a function or class that builds one gymnasium.Env, and what turns its demonstrations into observations and actions;
+envs.py has the table of tasks and steps these environments by chunks. Info holds `score` and `success`. Simulators other than
+Push-T's are in requirements-simulators.txt, imported when they are first used; ImportError says what to install.
+
+    observation key     shape              meaning
+    state               (features,)        all that there is to know, positions in the simulator's units
+    robot               (features,)        the robot's own sensors: what goes with a camera or a cloud
+    image               (H, W, 3)          RGB, uint8
+    points              (points, 3)        xyz in the robot's frame, metres, cropped to the workspace
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+from torch import Tensor
+
+from pointcloud import crop, depth_to_points, farthest_points, intrinsics
+
+Arrays = dict[str, np.ndarray]
+
+
+# --- Push-T -----------------------------------------------------------------------------------------------------------
+
+# Diffusion Policy's nine keypoints in the T's own frame, pixels. Their program drew them at random once; these are recovered from
+# the published data (median over its frames of the keypoints turned back by the block's pose, residual 0.002 pixels).
+PUSHT_KEYPOINTS = np.array(
+    [
+        [9.26979, 90.04097],
+        [-60.98347, -1.18673],
+        [60.91276, -1.39337],
+        [-0.27050, 25.54363],
+        [-14.06493, 122.81586],
+        [39.00274, 32.85740],
+        [-39.96642, 32.72966],
+        [-16.82435, 62.86318],
+        [23.54146, -1.70029],
+    ]
+)
+
+
+def pusht_state(agent: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """The paper's observation: nine keypoints and the agent. agent (N, 2) pixels, pose (N, 3) pixels, rad -> (N, 20)."""
+    (x, y), cos, sin = PUSHT_KEYPOINTS.T, np.cos(pose[:, 2:]), np.sin(pose[:, 2:])  # (9,) each; (N, 1) each
+    state = np.empty((len(pose), 20))
+    state[:, 0:18:2] = cos * x - sin * y + pose[:, 0:1]
+    state[:, 1:18:2] = sin * x + cos * y + pose[:, 1:2]
+    state[:, 18:] = agent
+    return state
+
+
+def pusht_demos(arrays: Arrays) -> tuple[Arrays, np.ndarray]:
+    """state (N, 5) = agent x y, block x y angle; action (N, 2) = where the agent shall go. Pixels, rad."""
+    for name, width in (("state", 5), ("action", 2)):
+        if name not in arrays:
+            raise ValueError(f"it has no array {name}, shape (steps, {width})")
+        if arrays[name].shape[1:] != (width,):
+            raise ValueError(f"{name} has shape {arrays[name].shape}; it must be (steps, {width})")
+    state = np.asarray(arrays["state"], np.float64)
+    return {"state": pusht_state(state[:, :2], state[:, 2:])}, arrays["action"]
+
+
+def pusht_mirror(arrays: Arrays) -> Arrays:
+    """The same episodes, reflected in the axis of the target: x + y = 512, which is a diagonal of the table too.
+
+    The physics do not know left from right, so that a mirrored demonstration is one that somebody could have given.
+    """
+    state, action = np.asarray(arrays["state"], np.float64), arrays["action"]
+    agent, block, angle = 512 - state[:, 1::-1], 512 - state[:, 3:1:-1], np.pi / 2 - state[:, 4:]
+    return {"state": np.concatenate([agent, block, angle], -1), "action": 512 - action[:, ::-1]}
+
+
+PUSHT_MAX_STEPS = 300
+
+
+def pusht_env() -> gymnasium.Env:
+    """One Push-T table. Physics, resets and coverage are gym-pusht's; observation and score are the paper's.
+
+    Score: largest coverage / 0.95 reached so far, at most 1; an episode ends above 0.95 (success) or after 300 steps.
+    Reward: 1 for success, and a tenth of the change of coverage / 0.95. Paid per step for coverage, as gym-pusht pays, an agent
+    learns to hover just below success, which would end the episode and the income. More than a tenth drowns the rare success in
+    the noise of the way there; the progress of the largest coverage would depend on a past that the observation does not show.
+    Starts: gym-pusht's own, numpy's PCG64 from the seed (Diffusion Policy draws other starts from the same seed).
+    """
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory, no display needed
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    try:
+        from gym_pusht.envs import pusht
+    except ImportError as error:
+        hint = "apt-get install libgl1" if "libGL" in str(error) else "pip install gym-pusht==0.1.8"
+        raise ImportError(f"Push-T needs gym-pusht, which does not import here ({error}): {hint}") from error
+
+    import shapely
+
+    class Table(pusht.PushTEnv):
+        """gym-pusht's step in plain numbers and with a goal that is built once: the same bits, two to three times faster."""
+
+        def _handle_collision(self, *_):
+            """gym-pusht counts points of contact here, which nobody reads."""
+
+        def reset(self, **kwargs):
+            state, info = super().reset(**kwargs)
+            self.parts = [shape.get_vertices() for shape in self._block_shapes]  # in this order, not in that of a set
+            self.goal = self._polygons(self.get_goal_pose_body(self.goal_pose))
+            self.score, self.steps, self.coverage = 0.0, 0, self._coverage()
+            return pusht_state(state[None, :2], state[None, 2:])[0], info
+
+        def _polygons(self, body):
+            return shapely.multipolygons(shapely.polygons([[body.local_to_world(v) for v in part] for part in self.parts]))
+
+        def _coverage(self) -> float:
+            return shapely.intersection(self.goal, self._polygons(self.block)).area / self.goal.area
+
+        def step(self, action):
+            (x, y), agent = np.asarray(action, np.float64).tolist(), self.agent
+            for _ in range(int(1 / (self.dt * self.control_hz))):  # PD control towards the action
+                (px, py), (vx, vy) = agent.position, agent.velocity
+                ax, ay = self.k_p * (x - px) + self.k_v * (0 - vx), self.k_p * (y - py) + self.k_v * (0 - vy)
+                agent.velocity = vx + ax * self.dt, vy + ay * self.dt
+                self.space.step(self.dt)
+            self._last_action = action  # for the film
+            before, self.coverage = self.coverage, self._coverage()
+            success = self.coverage > self.success_threshold
+            reward = 0.1 * (self.coverage - before) / self.success_threshold + success
+            self.score = max(self.score, min(self.coverage / self.success_threshold, 1.0))
+            self.steps += 1
+            pose = np.array([[*self.block.position, self.block.angle % (2 * np.pi)]])
+            late = not success and self.steps >= PUSHT_MAX_STEPS
+            info = {"score": self.score, "success": success}
+            return pusht_state(np.array([agent.position]), pose)[0], reward, success, late, info
+
+    table = Table(obs_type="state", render_mode="rgb_array", visualization_width=256, visualization_height=256)
+    table.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (20,))
+    return table
+
+
+# --- drawing ------------------------------------------------------------------------------------------------------------
+
+
+def draw_without_display() -> None:
+    """To be called before mujoco is imported for the first time, by whatever: it chooses its library for drawing then."""
+    if not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+
+
+class Eye:
+    """One camera of a MuJoCo model: pictures and point clouds. OSError where nothing can be drawn; close it."""
+
+    def __init__(self, model, camera: str, width: int, height: int):
+        import mujoco
+
+        model.vis.quality.shadowsize, model.vis.quality.offsamples = 0, 0  # without a graphics card nearly the whole cost
+        model.vis.global_.offwidth, model.vis.global_.offheight = width, height
+        try:
+            self.renderer = mujoco.Renderer(model, height, width)
+        except Exception as error:  # OpenGL fails in many ways
+            raise OSError(
+                f"MuJoCo cannot draw here ({type(error).__name__}). Without a display: apt-get install libegl1 libgl1-mesa-dri "
+                "libopengl0, and set MUJOCO_GL=egl"
+            ) from error
+        self.name, self.close = camera, self.renderer.close
+        self.camera = intrinsics(model.camera(camera).fovy[0], width, height)
+
+    def picture(self, data) -> np.ndarray:
+        """(H, W, 3) uint8"""
+        self.renderer.disable_depth_rendering()
+        self.renderer.update_scene(data, camera=self.name)
+        return self.renderer.render().copy()
+
+    def points(self, data, low: np.ndarray, high: np.ndarray, count: int) -> np.ndarray:
+        """(count, 3) float32, metres in the world's frame, of what lies in the box."""
+        self.renderer.enable_depth_rendering()
+        self.renderer.update_scene(data, camera=self.name)
+        pose = np.eye(4)  # camera -> world; MuJoCo's cameras look along -z with y up
+        pose[:3, :3], pose[:3, 3] = data.camera(self.name).xmat.reshape(3, 3) * [1, -1, -1], data.camera(self.name).xpos
+        points = depth_to_points(self.renderer.render(), self.camera, pose)
+        points = points[crop(points, low, high)]
+        return points[farthest_points(points, count)].astype(np.float32)
+
+
+# --- Meta-World ---------------------------------------------------------------------------------------------------------
+
+
+# The 50 tasks by DP3's grouping (after Seo et al. 2023).
+METAWORLD = {
+    group: names.split()
+    for group, names in {
+        "easy": """
+            button-press button-press-topdown button-press-topdown-wall button-press-wall coffee-button dial-turn door-close
+            door-lock door-open door-unlock drawer-close drawer-open faucet-close faucet-open handle-press handle-press-side
+            handle-pull handle-pull-side lever-pull plate-slide plate-slide-back plate-slide-back-side plate-slide-side reach
+            reach-wall window-close window-open peg-unplug-side""",
+        "medium": """
+            basketball bin-picking box-close coffee-pull coffee-push hammer peg-insert-side push-wall soccer sweep sweep-into""",
+        "hard": "assembly hand-insert pick-out-of-hole pick-place push push-back",
+        "very hard": "shelf-place disassemble stick-pull stick-push pick-place-wall",
+    }.items()
+}
+
+
+class MetaWorld(gymnasium.Env):
+    """One task of Meta-World v3: a Sawyer arm, actions are the hand's displacement (3) and the gripper's force (1), in [-1, 1].
+
+    The goal is random and visible: as numbers in `state`, as the drawn marker in pictures and clouds. The camera is DP3's,
+    corner2 moved to (0.6, 0.295, 0.8) m. Score and reward: 1 at success, which ends an episode; time limit 200 steps, as in DP3.
+    An episode is a function of its seed.
+    """
+
+    MAX_STEPS, SIZE, POINTS = 200, 128, 512
+    LOW, HIGH = np.array([-0.6, 0.3, 0.003]), np.array([0.6, 1.05, 0.7])  # the space above the table, metres
+    render_mode = "rgb_array"
+
+    def __init__(self, task: str, view: str):
+        """task: name without "-v3"; view: "state", "image" or "points"."""
+        sims, self.expert = metaworld_tasks()
+        self.expert = self.expert[f"{task}-v3"]
+        self.sim, self.view, self.eye = sims[f"{task}-v3"](), view, None
+        self.sim._freeze_rand_vec, self.sim.seeded_rand_vec, self.sim._set_task_called = False, True, True
+        self.sim._partially_observable = False  # the goal is part of the observation
+        self.sim.__dict__.pop("sawyer_observation_space", None)  # cached with the goal left out
+        self.sim.model.camera("corner2").pos[:] = 0.6, 0.295, 0.8
+        self.action_space = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
+        box = gymnasium.spaces.Box
+        spaces = {
+            name: box(-np.inf, np.inf, shape, np.float32) for name, shape in metaworld_shapes(view).items() if name != "image"
+        }
+        if view == "image":
+            spaces["image"] = box(0, 255, (self.SIZE, self.SIZE, 3), np.uint8)
+        self.observation_space = gymnasium.spaces.Dict(spaces)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:
+            self.sim.seed(seed)
+        self.full, _ = self.sim.reset()
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        self.full, _, _, _, info = self.sim.step(np.asarray(action, np.float64).clip(-1, 1))
+        self.steps += 1
+        success = bool(info["success"])
+        info = {"score": float(success), "success": success}
+        return self._observe(), float(success), success, not success and self.steps >= self.MAX_STEPS, info
+
+    def _observe(self) -> Arrays:
+        if self.view == "state":
+            return {"state": np.concatenate([self.full[:18], self.full[36:]]).astype(np.float32)}
+        bodies = [self.sim.data.body(name).xpos for name in ("hand", "rightclaw", "leftclaw")]
+        robot = np.concatenate(bodies).astype(np.float32)
+        for name, position in self.sim._target_site_config:
+            self.sim.data.site(name).xpos[:] = position  # the marker; the simulation puts it back to where the model has it
+        self.eye = self.eye or Eye(self.sim.model, "corner2", self.SIZE, self.SIZE)
+        if self.view == "image":
+            return {"robot": robot, "image": self.eye.picture(self.sim.data)}
+        return {"robot": robot, "points": self.eye.points(self.sim.data, self.LOW, self.HIGH, self.POINTS)}
+
+    def render(self) -> np.ndarray:
+        self.eye = self.eye or Eye(self.sim.model, "corner2", self.SIZE, self.SIZE)
+        return self.eye.picture(self.sim.data)
+
+    def close(self) -> None:
+        if self.eye:
+            self.eye.close()
+        self.sim.close()
+
+
+def metaworld_tasks() -> tuple[dict, dict]:
+    """{name: environment class}, {name: scripted expert class}, names with "-v3"."""
+    draw_without_display()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+            from metaworld.policies import ENV_POLICY_MAP
+    except ImportError as error:
+        raise ImportError(f"Meta-World needs metaworld: pip install -r requirements-simulators.txt ({error})") from error
+    return ALL_V3_ENVIRONMENTS, ENV_POLICY_MAP
+
+
+def metaworld_shapes(view: str) -> dict[str, tuple[int, ...]]:
+    size, points = MetaWorld.SIZE, MetaWorld.POINTS
+    return {
+        "state": {"state": (21,)},
+        "image": {"robot": (9,), "image": (size, size, 3)},
+        "points": {"robot": (9,), "points": (points, 3)},
+    }[view]
+
+
+def shift_scene(obs: dict[str, Tensor], offset: Tensor) -> dict[str, Tensor]:
+    """The scene `offset` (B, 3) metres elsewhere: robot (B, To, 9), three positions, and points (B, To, points, 3)."""
+    robot, offset = obs["robot"].unflatten(-1, (3, 3)), offset[:, None, None]
+    return {**obs, "robot": (robot + offset).flatten(-2), "points": obs["points"] + offset}
+
+
+def record_metaworld(path: Path, task: str, view: str, episodes: int = 10, first_seed: int = 4_000_000) -> None:
+    """Write `episodes` successes of Meta-World's own scripted expert to path, an .npz: observations, action, episode_ends."""
+    env = MetaWorld(task, view)
+    expert, rows, ends, seed = env.expert(), [], [], first_seed
+    while len(ends) < episodes:
+        if seed == first_seed + 10 * episodes:
+            raise ValueError(f"the scripted expert of {task} succeeded in {len(ends)} of {10 * episodes} episodes only")
+        obs, _ = env.reset(seed=seed)
+        episode, success, late = [], False, False
+        while not (success or late):
+            action = expert.get_action(env.full).clip(-1, 1).astype(np.float32)
+            episode.append({**obs, "action": action})
+            obs, _, success, late, _ = env.step(action)
+        if success:
+            rows += episode
+            ends.append(len(rows))
+        seed += 1
+    env.close()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")  # processes of one training do not meet
+    np.savez_compressed(temporary, episode_ends=ends, **{key: np.stack([row[key] for row in rows]) for key in rows[0]})
+    temporary.replace(path)
+
+
+def plain_demos(arrays: Arrays, shapes: dict[str, tuple[int, ...]], action_dim: int) -> tuple[Arrays, np.ndarray]:
+    """Arrays that are named as the observations are, and `action`. Raises ValueError where one lacks or has another shape."""
+    for name, shape in {**shapes, "action": (action_dim,)}.items():
+        found = arrays[name].shape[1:] if name in arrays else "nothing"
+        if found != shape:
+            raise ValueError(f"{name} must have shape (steps, {', '.join(map(str, shape))}); it has {found} per step")
+        if len(shape) == 3 and arrays[name].dtype != np.uint8:
+            raise ValueError(f"{name} holds {arrays[name].dtype}; images must be uint8, 0 to 255")
+    return {name: arrays[name] for name in shapes}, arrays["action"]
