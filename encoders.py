@@ -175,6 +175,8 @@ class PointEncoder(nn.Module):
 
     It does not depend on the order of the points. Widths 64, 128, 256 with LayerNorm and 64 features as in DP3 (Ze et al. 2024)
     and MP1. forward: (B, To, points, 3 or 6) -> (B, To, dim).
+    In training only the points that hold a maximum have a gradient. They are found first, without one, and the network with its
+    gradient sees them alone: the same numbers, at half the cost.
     """
 
     def __init__(self, channels: int, widths: tuple[int, ...], dim: int):
@@ -188,6 +190,13 @@ class PointEncoder(nn.Module):
         self.feature_dim = dim
 
     def forward(self, cloud: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                holders = self.points(cloud).argmax(-2)  #                            (B, To, F) which point holds each maximum
+                held = torch.zeros(cloud.shape[:-1], device=cloud.device).scatter_(-1, holders, 1.0)  # (B, To, points)
+                count = int(held.sum(-1).max())  # the cloud with the most of them; in the others some idle ones come along
+                chosen = held.topk(count).indices
+            cloud = cloud.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, cloud.shape[-1]))
         return self.project(self.points(cloud).amax(-2))
 
 

@@ -13,8 +13,10 @@ Push-T's are in requirements-simulators.txt, imported when they are first used; 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium
@@ -215,6 +217,7 @@ class MetaWorld(gymnasium.Env):
     MAX_STEPS, SIZE, POINTS = 200, 128, 512
     LOW, HIGH = np.array([-0.6, 0.3, 0.003]), np.array([0.6, 1.05, 0.7])  # the space above the table, metres
     render_mode = "rgb_array"
+    observing = True  # see envs.Chunked
 
     def __init__(self, task: str, view: str):
         """task: name without "-v3"; view: "state", "image" or "points"."""
@@ -226,13 +229,7 @@ class MetaWorld(gymnasium.Env):
         self.sim.__dict__.pop("sawyer_observation_space", None)  # cached with the goal left out
         self.sim.model.camera("corner2").pos[:] = 0.6, 0.295, 0.8
         self.action_space = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
-        box = gymnasium.spaces.Box
-        spaces = {
-            name: box(-np.inf, np.inf, shape, np.float32) for name, shape in metaworld_shapes(view).items() if name != "image"
-        }
-        if view == "image":
-            spaces["image"] = box(0, 255, (self.SIZE, self.SIZE, 3), np.uint8)
-        self.observation_space = gymnasium.spaces.Dict(spaces)
+        self.observation_space = observation_space(metaworld_shapes(view))
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         if seed is not None:
@@ -246,7 +243,9 @@ class MetaWorld(gymnasium.Env):
         self.steps += 1
         success = bool(info["success"])
         info = {"score": float(success), "success": success}
-        return self._observe(), float(success), success, not success and self.steps >= self.MAX_STEPS, info
+        late = not success and self.steps >= self.MAX_STEPS
+        obs = self._observe() if self.observing or success or late else None
+        return obs, float(success), success, late, info
 
     def _observe(self) -> Arrays:
         if self.view == "state":
@@ -255,14 +254,16 @@ class MetaWorld(gymnasium.Env):
         robot = np.concatenate(bodies).astype(np.float32)
         for name, position in self.sim._target_site_config:
             self.sim.data.site(name).xpos[:] = position  # the marker; the simulation puts it back to where the model has it
-        self.eye = self.eye or Eye(self.sim.model, "corner2", self.SIZE, self.SIZE)
         if self.view == "image":
-            return {"robot": robot, "image": self.eye.picture(self.sim.data)}
-        return {"robot": robot, "points": self.eye.points(self.sim.data, self.LOW, self.HIGH, self.POINTS)}
+            return {"robot": robot, "image": self._eye().picture(self.sim.data)}
+        return {"robot": robot, "points": self._eye().points(self.sim.data, self.LOW, self.HIGH, self.POINTS)}
+
+    def _eye(self) -> Eye:
+        self.eye = self.eye or Eye(self.sim.model, "corner2", self.SIZE, self.SIZE)
+        return self.eye
 
     def render(self) -> np.ndarray:
-        self.eye = self.eye or Eye(self.sim.model, "corner2", self.SIZE, self.SIZE)
-        return self.eye.picture(self.sim.data)
+        return self._eye().picture(self.sim.data)
 
     def close(self) -> None:
         if self.eye:
@@ -298,17 +299,19 @@ def shift_scene(obs: dict[str, Tensor], offset: Tensor) -> dict[str, Tensor]:
     return {**obs, "robot": (robot + offset).flatten(-2), "points": obs["points"] + offset}
 
 
-def record_metaworld(path: Path, task: str, view: str, episodes: int = 10, first_seed: int = 4_000_000) -> None:
-    """Write `episodes` successes of Meta-World's own scripted expert to path, an .npz: observations, action, episode_ends."""
-    env = MetaWorld(task, view)
-    expert, rows, ends, seed = env.expert(), [], [], first_seed
+def record_expert(path: Path, env: gymnasium.Env, act: Callable[[np.ndarray], np.ndarray], episodes: int = 10) -> None:
+    """Write `episodes` successes of an expert to path, an .npz: the observations' keys, action, episode_ends.
+
+    act: full state of the simulator (env.full) -> action. Starts: seeds from 4,000,000 on. ValueError where it fails too often.
+    """
+    rows, ends, seed = [], [], 4_000_000
     while len(ends) < episodes:
-        if seed == first_seed + 10 * episodes:
-            raise ValueError(f"the scripted expert of {task} succeeded in {len(ends)} of {10 * episodes} episodes only")
+        if seed == 4_000_000 + 10 * episodes:
+            raise ValueError(f"the expert succeeded in {len(ends)} of {10 * episodes} episodes only; {episodes} are needed")
         obs, _ = env.reset(seed=seed)
         episode, success, late = [], False, False
         while not (success or late):
-            action = expert.get_action(env.full).clip(-1, 1).astype(np.float32)
+            action = np.asarray(act(env.full)).clip(-1, 1).astype(np.float32)
             episode.append({**obs, "action": action})
             obs, _, success, late, _ = env.step(action)
         if success:
@@ -322,6 +325,23 @@ def record_metaworld(path: Path, task: str, view: str, episodes: int = 10, first
     temporary.replace(path)
 
 
+def record_metaworld(path: Path, task: str, view: str) -> None:
+    """Ten successes of Meta-World's own scripted expert."""
+    env = MetaWorld(task, view)
+    record_expert(path, env, env.expert().get_action)
+
+
+def observation_space(shapes: dict[str, tuple[int, ...]]) -> gymnasium.spaces.Dict:
+    """Pictures are uint8, everything else float32 without bounds."""
+    box = gymnasium.spaces.Box
+    return gymnasium.spaces.Dict(
+        {
+            key: box(0, 255, shape, np.uint8) if len(shape) == 3 else box(-np.inf, np.inf, shape, np.float32)
+            for key, shape in shapes.items()
+        }
+    )
+
+
 def plain_demos(arrays: Arrays, shapes: dict[str, tuple[int, ...]], action_dim: int) -> tuple[Arrays, np.ndarray]:
     """Arrays that are named as the observations are, and `action`. Raises ValueError where one lacks or has another shape."""
     for name, shape in {**shapes, "action": (action_dim,)}.items():
@@ -331,3 +351,113 @@ def plain_demos(arrays: Arrays, shapes: dict[str, tuple[int, ...]], action_dim: 
         if len(shape) == 3 and arrays[name].dtype != np.uint8:
             raise ValueError(f"{name} holds {arrays[name].dtype}; images must be uint8, 0 to 255")
     return {name: arrays[name] for name in shapes}, arrays["action"]
+
+
+# --- Adroit ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Hand:
+    """One task of the Adroit hand, gymnasium-robotics' AdroitHand<Name>-v1."""
+
+    features: int  # of the full observation
+    robot: int  # ... the first so many are the hand's and arm's own joints
+    actions: int
+    camera: str
+    hold: int  # steps with the goal reached that make a success, over the whole episode (DAPG's criterion)
+    low: tuple[float, float, float]  # corners of the workspace, metres
+    high: tuple[float, float, float]
+
+
+ADROIT = {
+    "hammer": Hand(46, 26, 26, "fixed", 25, (-0.4, -0.6, 0.04), (0.4, 0.4, 0.7)),
+    "door": Hand(39, 27, 28, "vil_camera", 25, (-0.5, -0.6, 0.04), (0.5, 0.5, 0.8)),
+    "pen": Hand(45, 24, 24, "fixed", 20, (-0.4, -0.4, 0.04), (0.4, 0.3, 0.5)),
+    "relocate": Hand(39, 30, 30, "fixed", 25, (-0.5, -0.6, 0.04), (0.5, 0.5, 0.7)),
+}
+
+
+class Adroit(gymnasium.Env):
+    """One task of the Adroit hand. Actions: positions of the joints, normalised to [-1, 1] (gymnasium-robotics).
+
+    Score and reward: 1 at success, which ends an episode: the goal reached in 25 steps (pen 20). Time limit 200 steps.
+    """
+
+    MAX_STEPS, SIZE, POINTS = 200, 128, 512
+    render_mode = "rgb_array"
+    observing = True  # see envs.Chunked
+
+    def __init__(self, task: str, view: str):
+        """task: hammer, door, pen or relocate; view: "state", "image" or "points"."""
+        draw_without_display()
+        try:
+            with warnings.catch_warnings():  # about versions
+                warnings.simplefilter("ignore")
+                import gymnasium_robotics
+
+                gymnasium.register_envs(gymnasium_robotics)
+                self.sim = gymnasium.make(f"AdroitHand{task.capitalize()}-v1").unwrapped
+        except ImportError as error:
+            raise ImportError(f"Adroit needs gymnasium-robotics: pip install -r requirements-simulators.txt ({error})") from error
+        self.hand, self.view, self.eye = ADROIT[task], view, None
+        self.action_space = gymnasium.spaces.Box(-1, 1, (self.hand.actions,), np.float32)
+        self.observation_space = observation_space(adroit_shapes(task, view))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        self.full, _ = self.sim.reset(seed=seed)
+        self.steps, self.held = 0, 0
+        return self._observe(), {}
+
+    def step(self, action):
+        self.full, _, _, _, info = self.sim.step(np.asarray(action, np.float64).clip(-1, 1))
+        self.steps, self.held = self.steps + 1, self.held + bool(info["success"])
+        success = self.held >= self.hand.hold
+        late = not success and self.steps >= self.MAX_STEPS
+        obs = self._observe() if self.observing or success or late else None
+        return obs, float(success), success, late, {"score": float(success), "success": success}
+
+    def _observe(self) -> Arrays:
+        if self.view == "state":
+            return {"state": self.full.astype(np.float32)}
+        robot = self.full[: self.hand.robot].astype(np.float32)
+        if self.view == "image":
+            return {"robot": robot, "image": self._eye().picture(self.sim.data)}
+        return {"robot": robot, "points": self._eye().points(self.sim.data, self.hand.low, self.hand.high, self.POINTS)}
+
+    def _eye(self) -> Eye:
+        self.eye = self.eye or Eye(self.sim.model, self.hand.camera, self.SIZE, self.SIZE)
+        return self.eye
+
+    def render(self) -> np.ndarray:
+        return self._eye().picture(self.sim.data)
+
+    def close(self) -> None:
+        if self.eye:
+            self.eye.close()
+        self.sim.close()
+
+
+def adroit_shapes(task: str, view: str) -> dict[str, tuple[int, ...]]:
+    robot = {"robot": (ADROIT[task].robot,)}
+    return {
+        "state": {"state": (ADROIT[task].features,)},
+        "image": {**robot, "image": (Adroit.SIZE, Adroit.SIZE, 3)},
+        "points": {**robot, "points": (Adroit.POINTS, 3)},
+    }[view]
+
+
+def expert_policy(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """A policy given as arrays, the published DAPG policies' form: tanh layers w0, b0, w1, b1, ... of (o - in_shift) / in_scale,
+    the last one linear, times out_scale plus out_shift."""
+    with np.load(path, allow_pickle=False) as file:
+        p = dict(file)
+    layers = sum(name.startswith("w") for name in p)
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        h = (obs - p["in_shift"]) / (p["in_scale"] + 1e-8)
+        for k in range(layers):
+            h = h @ p[f"w{k}"].T + p[f"b{k}"]
+            h = np.tanh(h) if k < layers - 1 else h
+        return h * p["out_scale"] + p["out_shift"]
+
+    return act
