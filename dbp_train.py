@@ -263,7 +263,8 @@ def main() -> None:
             raise ValueError(f"{cfg.env} cannot be shifted; omit --shift")
     with plain_errors():
         mirror = task.demo_mirror if cfg.mirror else None
-        data = demos.load(cfg.demos, cfg.env, task.demo_arrays, task.demo_convert, mirror, task.demo_record, task.demo_origin)
+        made = {"record": task.demo_record, "origin": task.demo_origin, "record_expert": task.demo_expert}
+        data = demos.load(cfg.demos, cfg.env, task.demo_arrays, task.demo_convert, mirror, **made)
         task.make(1, cfg.obs_steps).close()  # a missing simulator shows now, not after the training
 
     # ---- model ------------------------------------------------------------------------------------------------------

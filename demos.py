@@ -7,9 +7,11 @@ they have in the file; the task (envs.py) turns them into its observation and it
     file                             reader       arrays
     name.zarr (folder), name.zip     read_zarr    data/<name>, meta/episode_ends
     name.npz                         read_npz     <name>, episode_ends
-    name.hdf5                        read_d4rl    <name>; episodes end where terminals or timeouts is true
+    name.hdf5                        read_hdf5    <name>, episode_ends; or D4RL's: <name>, and episodes end where terminals or
+                                                  timeouts is true; or robomimic's: data/demo_<k>/<name> or .../obs/<name>
     minari:<id>                      read_minari  observations, actions, rewards
 
+Pictures, (steps, H, W, 3), are never in memory as a whole: they go, as uint8, into a plain file in data/cache/, which is mapped.
 Symbols: To obs_steps, Tp horizon, Ta action_steps, Da action dimension, N steps of all episodes together.
 Errors are ValueError (the content is wrong), OSError (the file cannot be had) or ImportError; each names the remedy.
 """
@@ -17,13 +19,14 @@ Errors are ValueError (the content is wrong), OSError (the file cannot be had) o
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import http.client
 import json
 import os
 import sys
 import urllib.request
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +111,7 @@ class Demos:
 def read_zarr(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
     """Diffusion Policy's replay buffer, a folder or a zip (at its root or in a folder of it).
 
-    Returns: those of `names` that the store holds, and episode_ends. Other arrays (images of 700 MB) are not read.
+    Returns: those of `names` that the store holds, and episode_ends. Other arrays are not read.
     """
     try:
         import zarr
@@ -127,7 +130,12 @@ def read_zarr(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
                 raise ValueError(f"{name} has {node.nchunks_initialized} of {node.nchunks} pieces")
             if path.is_dir():
                 check_pieces(path / node.path)
-        arrays = {name: node[:] for name, node in nodes.items()}
+        arrays = {
+            name: spool(path, name, node.shape, (node[i : i + node.chunks[0]] for i in range(0, node.shape[0], node.chunks[0])))
+            if node.ndim == 4
+            else node[:]
+            for name, node in nodes.items()
+        }
     except ImportError as error:
         raise ImportError(f"replay buffers need zarr: pip install 'zarr>=3' ({error})") from error
     except Exception as error:  # a damaged store fails in many ways, from zlib's errors to zarr's; all mean the same
@@ -136,6 +144,32 @@ def read_zarr(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
             "a downloaded one, delete and fetch again."
         ) from error
     return arrays, arrays.pop("episode_ends")
+
+
+def spool(path: Path, name: str, shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """Pictures that come block by block -> (steps, H, W, 3) uint8, mapped from a file in data/cache/, which is made once.
+
+    Raises: ValueError for pictures that are not whole numbers from 0 to 255.
+    """
+    changed = max(file.stat().st_mtime_ns for file in (path, *path.rglob("*")))  # of a folder, all that is in it
+    key = f"{path.resolve()} {changed} {name} {shape}"
+    cache = DATA / "cache" / f"{path.stem}-{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
+    if not cache.is_file():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        part = cache.with_name(f"{cache.name}.{os.getpid()}.part")  # processes of one training do not meet
+        pictures, row = np.lib.format.open_memmap(part, "w+", np.uint8, shape), 0
+        for block in blocks:
+            if block.dtype != np.uint8 and not ((block >= 0) & (block <= 255) & (block == np.round(block))).all():
+                part.unlink()
+                raise ValueError(
+                    f"{name}: pictures must hold whole numbers from 0 to 255; rows {row} to {row + len(block) - 1} reach from "
+                    f"{block.min():g} to {block.max():g}"
+                )
+            pictures[row : row + len(block)] = block
+            row += len(block)
+        pictures.flush()
+        part.replace(cache)
+    return np.load(cache, mmap_mode="c")
 
 
 def check_pieces(array: Path) -> None:
@@ -166,12 +200,54 @@ def read_npz(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
         ) from error
 
 
-def read_d4rl(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
-    """D4RL's hdf5: one row per step, flags `terminals` and `timeouts`. An unfinished episode at the end is left out."""
+def read_hdf5(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
+    """An hdf5 file in one of three layouts: robomimic's, with episode_ends, or D4RL's."""
     try:
         import h5py
     except ImportError as error:
         raise ImportError(f"hdf5 files need h5py: pip install h5py ({error})") from error
+    try:
+        with h5py.File(path) as file:
+            if isinstance(file.get("data"), h5py.Group):
+                return read_robomimic(path, file["data"], names)
+            if "episode_ends" in file:
+                arrays = {name: np.asarray(file[name][:]) for name in names if name in file}
+                return arrays, np.asarray(file["episode_ends"][:])
+    except (OSError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a whole hdf5 file: {error}. Copy it again, or give another with --demos.") from error
+    return read_d4rl(path, names)
+
+
+def read_robomimic(path: Path, group, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
+    """robomimic's layout: data/demo_<k>/actions, rewards, ... and data/demo_<k>/obs/<key>. Episodes in the order of k.
+
+    Raises ValueError where an episode lacks an array that the first one has, or its arrays differ in length.
+    """
+    episodes = [group[f"demo_{k}"] for k in sorted(int(name.removeprefix("demo_")) for name in group if name.startswith("demo_"))]
+    if not episodes:
+        raise ValueError(f"{path} holds no episodes data/demo_0, data/demo_1, ...")
+
+    def find(episode, name: str):
+        return episode["obs"][name] if "obs" in episode and name in episode["obs"] else episode.get(name)
+
+    present = [name for name in names if find(episodes[0], name) is not None]
+    for episode in episodes:
+        lengths = {name: None if find(episode, name) is None else len(find(episode, name)) for name in present}
+        if len(set(lengths.values())) > 1 or None in lengths.values():
+            raise ValueError(f"{path}: {episode.name} has arrays of unequal length: {lengths}")
+    ends = np.cumsum([len(find(episode, present[0])) for episode in episodes]) if present else np.zeros(0, int)
+    arrays = {}
+    for name in present:
+        parts = (find(episode, name)[:] for episode in episodes)
+        shape = (int(ends[-1]), *find(episodes[0], name).shape[1:])
+        arrays[name] = spool(path, name, shape, parts) if len(shape) == 4 else np.concatenate(list(parts))
+    return arrays, ends
+
+
+def read_d4rl(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
+    """D4RL's hdf5: one row per step, flags `terminals` and `timeouts`. An unfinished episode at the end is left out."""
+    import h5py
+
     try:
         with h5py.File(path) as file:
             wanted = [*names, "terminals", "timeouts"]
@@ -244,8 +320,8 @@ READERS: dict[str, Callable[[Path, Sequence[str]], tuple[Arrays, np.ndarray]]] =
     ".zarr": read_zarr,
     ".zip": read_zarr,
     ".npz": read_npz,
-    ".hdf5": read_d4rl,
-    ".h5": read_d4rl,
+    ".hdf5": read_hdf5,
+    ".h5": read_hdf5,
 }
 
 
@@ -260,11 +336,13 @@ def load(
     mirror: Callable[[Arrays], Arrays] | None = None,
     record: Callable[[Path], None] | None = None,
     origin: str = "",
+    record_expert: Callable[[Path, Path], None] | None = None,
 ) -> Demos:
     """Load the demonstrations of a task.
 
     Args: source: "embedded", "official" or a path; task: a key of SOURCES for the first two; names: arrays to read;
         record: makes the embedded file where it is recorded on first use; origin: who acted there, for the run's first line;
+        record_expert: the same with an expert policy, an .npz of weights w0, b0, ... that `source` names;
         convert: arrays -> (obs, actions), raising ValueError where they do not fit the task; mirror: arrays -> the same
         episodes in a symmetry of the task, which are then added to them.
     """
@@ -281,6 +359,11 @@ def load(
             download(SOURCES[task].official_url, path)
     else:
         path = Path(source).expanduser()
+    if record_expert is not None and holds_policy(path):
+        policy, path = path, DATA / "recorded" / f"{task}-{path.stem}.npz"
+        if not path.exists():
+            print(f"recording demonstrations with the policy {policy} -> {path}", flush=True)
+            record_expert(path, policy)
     if source.startswith("minari:"):
         arrays, ends = read_minari(source.removeprefix("minari:"), names)
     elif not path.exists():
@@ -311,6 +394,15 @@ def load(
     obs = {key: value if value.dtype == np.uint8 else np.ascontiguousarray(value, np.float32) for key, value in obs.items()}
     returns = np.add.reduceat(arrays["rewards"], [0, *ends[:-1]]) if "rewards" in arrays else None
     return Demos(obs, np.ascontiguousarray(actions, np.float32), np.asarray(ends, np.int64), label, returns)
+
+
+def holds_policy(path: Path) -> bool:
+    """Whether path is an .npz of a network's weights, w0, b0, ..., instead of steps."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return path.suffix == ".npz" and "w0" in file
+    except (OSError, ValueError):  # read_npz says what is wrong with it
+        return False
 
 
 def download(url: str, path: Path, timeout_s: float = 30.0) -> None:

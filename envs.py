@@ -55,6 +55,7 @@ class Task:
     demo_mirror: Callable[[Arrays], Arrays] | None = None  # those arrays -> the same episodes in the task's mirror, if it has one
     demo_record: Callable[[Path], None] | None = None  # makes the embedded demonstrations on first use, where they are recorded
     demo_origin: str = ""  # ... and who acts there
+    demo_expert: Callable[[Path, Path], None] | None = None  # (file to make, policy) the same with an expert policy that is given
     shift: Callable[[dict, torch.Tensor], dict] | None = None  # the observation of a scene that stands elsewhere
     make_training: Callable[[int, int], object] | None = None  # the same for dbpo_finetune.py, where another is faster
     train: dict[str, object] = dataclasses.field(default_factory=dict)  # defaults of dbp_train.py that this task changes
@@ -148,7 +149,8 @@ class Chunked(gymnasium.Wrapper):
         self.keyed = isinstance(space, gymnasium.spaces.Dict)
         spaces = space.spaces if self.keyed else {"state": space}
         kept = {key: (np.float32 if np.issubdtype(box.dtype, np.floating) else box.dtype) for key, box in spaces.items()}
-        boxes = {key: gymnasium.spaces.Box(-np.inf, np.inf, (obs_steps, *box.shape), kept[key]) for key, box in spaces.items()}
+        wide = {key: (0, 255) if kept[key] == np.uint8 else (-np.inf, np.inf) for key in spaces}
+        boxes = {key: gymnasium.spaces.Box(*wide[key], (obs_steps, *box.shape), kept[key]) for key, box in spaces.items()}
         self.observation_space = gymnasium.spaces.Dict(boxes)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Arrays, dict]:
@@ -595,6 +597,23 @@ def locomotion_task(body: str, level: str) -> Task:
     )
 
 
+def adroit_task(task: str, view: str) -> Task:
+    shapes, actions = manipulation.adroit_shapes(task, view), manipulation.ADROIT[task].actions
+    return Task(
+        name=f"adroit-{task}" + ("" if view == "state" else f"-{view}"),
+        score="success",
+        obs_shapes=shapes,
+        action_dim=actions,
+        make=partial(GymVector, partial(manipulation.Adroit, task, view)),
+        # Minari's and the human demonstrations hold states, an expert's recorded episodes hold what the policy is to see
+        demo_arrays=("observations", "actions", "rewards", *shapes, "action") if view == "state" else (*shapes, "action"),
+        demo_convert=partial(manipulation.adroit_demos, shapes=shapes, action_dim=actions),
+        demo_expert=partial(manipulation.record_adroit, task=task, view=view),
+        train={"obs_steps": 2, "horizon": 4, "action_steps": 3, "batch_size": 128, "steps": 3_000, "eval_every": 1_500}
+        | {"eval_episodes": 20, "report_episodes": 20},
+    )
+
+
 def metaworld_task(task: str, view: str) -> Task:
     shapes = manipulation.metaworld_shapes(view)
     return Task(
@@ -655,7 +674,22 @@ TASKS = {
         },
     ),
 }
+TASKS["pusht-image"] = Task(
+    name="pusht-image",
+    score=TASKS["pusht"].score,
+    obs_shapes=manipulation.PUSHT_IMAGE_SHAPES,
+    action_dim=2,
+    make=partial(GymVector, partial(manipulation.pusht_env, "image")),
+    demo_arrays=("img", "state", "action"),
+    demo_convert=manipulation.pusht_image_demos,
+    demo_record=manipulation.record_pusht_images,
+    demo_origin="the embedded states, drawn",
+    train={"batch_size": 64, "steps": 6_000, "eval_every": 3_000},
+)
 TASKS |= {task.name: task for body in BODIES for level in ("medium", "medium-expert") for task in [locomotion_task(body, level)]}
+TASKS |= {
+    task.name: task for name in manipulation.ADROIT for view in ("state", "image", "points") for task in [adroit_task(name, view)]
+}
 TASKS |= {
     task.name: task
     for name in [name for group in manipulation.METAWORLD.values() for name in group]

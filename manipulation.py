@@ -79,11 +79,14 @@ def pusht_mirror(arrays: Arrays) -> Arrays:
 
 
 PUSHT_MAX_STEPS = 300
+PUSHT_PIXELS = 96  # side of the pictures, as in the published demonstrations, which these pictures equal but for their edges
+PUSHT_IMAGE_SHAPES = {"agent": (2,), "image": (PUSHT_PIXELS, PUSHT_PIXELS, 3)}
 
 
-def pusht_env() -> gymnasium.Env:
+def pusht_env(view: str = "state") -> gymnasium.Env:
     """One Push-T table. Physics, resets and coverage are gym-pusht's; observation and score are the paper's.
 
+    view: "state", keypoints and agent, or "image", the agent's position and a picture of the table.
     Score: largest coverage / 0.95 reached so far, at most 1; an episode ends above 0.95 (success) or after 300 steps.
     Reward: 1 for success, and a tenth of the change of coverage / 0.95. Paid per step for coverage, as gym-pusht pays, an agent
     learns to hover just below success, which would end the episode and the income. More than a tenth drowns the rare success in
@@ -111,7 +114,13 @@ def pusht_env() -> gymnasium.Env:
             self.parts = [shape.get_vertices() for shape in self._block_shapes]  # in this order, not in that of a set
             self.goal = self._polygons(self.get_goal_pose_body(self.goal_pose))
             self.score, self.steps, self.coverage = 0.0, 0, self._coverage()
-            return pusht_state(state[None, :2], state[None, 2:])[0], info
+            return self._see(state[:2], state[2:]), info
+
+        def _see(self, agent: np.ndarray, pose: np.ndarray) -> np.ndarray | Arrays:
+            if view == "state":
+                return pusht_state(agent[None], pose[None])[0]
+            picture = self._get_img(self._draw(), PUSHT_PIXELS, PUSHT_PIXELS)
+            return {"agent": agent.astype(np.float32), "image": picture}
 
         def _polygons(self, body):
             return shapely.multipolygons(shapely.polygons([[body.local_to_world(v) for v in part] for part in self.parts]))
@@ -132,14 +141,44 @@ def pusht_env() -> gymnasium.Env:
             reward = 0.1 * (self.coverage - before) / self.success_threshold + success
             self.score = max(self.score, min(self.coverage / self.success_threshold, 1.0))
             self.steps += 1
-            pose = np.array([[*self.block.position, self.block.angle % (2 * np.pi)]])
+            pose = np.array([*self.block.position, self.block.angle % (2 * np.pi)])
             late = not success and self.steps >= PUSHT_MAX_STEPS
             info = {"score": self.score, "success": success}
-            return pusht_state(np.array([agent.position]), pose)[0], reward, success, late, info
+            obs = self._see(np.array(agent.position), pose) if self.observing or success or late else None
+            return obs, reward, success, late, info
 
     table = Table(obs_type="state", render_mode="rgb_array", visualization_width=256, visualization_height=256)
-    table.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (20,))
+    table.observing = True  # see envs.Chunked
+    table.observation_space = (
+        gymnasium.spaces.Box(-np.inf, np.inf, (20,)) if view == "state" else observation_space(PUSHT_IMAGE_SHAPES)
+    )
     return table
+
+
+def pusht_image_demos(arrays: Arrays) -> tuple[Arrays, np.ndarray]:
+    """img (N, 96, 96, 3), 0 to 255; state (N, 5), its first two numbers the agent; action (N, 2). Pixels."""
+    _, actions = pusht_demos(arrays)
+    if "img" not in arrays or arrays["img"].shape[1:] != PUSHT_IMAGE_SHAPES["image"]:
+        found = arrays["img"].shape if "img" in arrays else "nothing"
+        raise ValueError(f"img must have shape (steps, 96, 96, 3); it has {found}")
+    return {"agent": np.asarray(arrays["state"], np.float64)[:, :2], "image": arrays["img"]}, actions
+
+
+def record_pusht_images(path: Path, episodes: int = 200) -> None:
+    """Draw the first embedded demonstrations, which hold states, as pictures; a minute."""
+    with np.load(Path(__file__).parent / "data" / "pusht.npz", allow_pickle=False) as file:
+        ends = file["episode_ends"][:episodes]
+        state, action = file["state"][: ends[-1]], file["action"][: ends[-1]]
+    table = pusht_env("image")
+    pictures = np.empty((len(state), *PUSHT_IMAGE_SHAPES["image"]), np.uint8)
+    table.reset(seed=0)
+    for row, picture in zip(state.astype(float), pictures, strict=True):
+        table.agent.position, table.block.angle, table.block.position = row[:2].tolist(), float(row[4]), row[2:4].tolist()
+        picture[:] = table._see(row[:2], row[2:])["image"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")  # processes of one training do not meet
+    np.savez_compressed(temporary, img=pictures, state=state, action=action, episode_ends=ends)
+    temporary.replace(path)
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------------
@@ -444,6 +483,18 @@ def adroit_shapes(task: str, view: str) -> dict[str, tuple[int, ...]]:
         "image": {**robot, "image": (Adroit.SIZE, Adroit.SIZE, 3)},
         "points": {**robot, "points": (Adroit.POINTS, 3)},
     }[view]
+
+
+def adroit_demos(arrays: Arrays, shapes: dict[str, tuple[int, ...]], action_dim: int) -> tuple[Arrays, np.ndarray]:
+    """Recorded episodes as they are, or the observations and actions of Minari and of the human demonstrations."""
+    if "observations" in arrays:
+        arrays = {"state": arrays["observations"], "action": arrays["actions"]}
+    return plain_demos(arrays, shapes, action_dim)
+
+
+def record_adroit(path: Path, policy: Path, task: str, view: str) -> None:
+    """Ten successes of an expert policy that is given as arrays."""
+    record_expert(path, Adroit(task, view), expert_policy(policy))
 
 
 def expert_policy(path: Path) -> Callable[[np.ndarray], np.ndarray]:

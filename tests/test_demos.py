@@ -9,6 +9,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+import h5py
 import numcodecs
 import numpy as np
 import pytest
@@ -386,7 +387,7 @@ def test_a_truncated_d4rl_file_is_refused(kept, tmp_path):
     path = write_d4rl(tmp_path / "a.hdf5", d4rl_arrays())
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    with pytest.raises(ValueError, match=r"a\.hdf5 is not a whole D4RL file.*--demos"):
+    with pytest.raises(ValueError, match=r"a\.hdf5 is not a whole hdf5 file.*--demos"):
         load_hopper(path)
 
 
@@ -455,3 +456,48 @@ def test_a_missing_package_is_named_with_its_remedy(package, source, remedy, mon
     Path("a.hdf5").touch()
     with pytest.raises(ImportError, match=remedy):
         load_hopper(source)
+
+
+# --- robomimic's layout ---------------------------------------------------------------------------------------------------
+
+
+def write_robomimic(path: Path, lengths: list[int], **changes) -> Path:
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        for k, length in enumerate(lengths):
+            demo = file.create_group(f"data/demo_{k}")
+            demo["actions"] = rng.normal(size=(length, 2))
+            demo["obs/state"] = rng.normal(size=(length + changes.get(f"extra_{k}", 0), 3))
+            demo["obs/front"] = rng.integers(0, 256, (length, 8, 8, 3), dtype=np.uint8)
+    return path
+
+
+def test_robomimics_layout_in_the_order_of_its_episodes_with_pictures_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(demos, "DATA", tmp_path)
+    lengths = [3, 2, 4, 1, 1, 1, 1, 1, 1, 1, 5]  # demo_10 comes last, not behind demo_1
+    path = write_robomimic(tmp_path / "a.hdf5", lengths)
+    arrays, ends = demos.read_hdf5(path, ["actions", "state", "front", "absent"])
+    assert ends.tolist() == np.cumsum(lengths).tolist()
+    assert set(arrays) == {"actions", "state", "front"}
+    assert isinstance(arrays["front"], np.memmap)
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(arrays["front"][-5:], file["data/demo_10/obs/front"][:])
+        np.testing.assert_array_equal(arrays["state"][3:5], file["data/demo_1/obs/state"][:])
+
+
+def test_robomimic_episodes_whose_arrays_differ_in_length_are_refused(tmp_path):
+    path = write_robomimic(tmp_path / "a.hdf5", [3, 4], extra_1=1)
+    with pytest.raises(ValueError, match=r"/data/demo_1 has arrays of unequal length: .*'state': 5"):
+        demos.read_hdf5(path, ["actions", "state"])
+    with h5py.File(tmp_path / "b.hdf5", "w") as file:
+        file.create_group("data")
+    with pytest.raises(ValueError, match="no episodes"):
+        demos.read_hdf5(tmp_path / "b.hdf5", ["actions"])
+
+
+def test_an_hdf5_with_episode_ends(tmp_path):
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file["actions"], file["episode_ends"] = np.zeros((5, 2)), [2, 5]
+    arrays, ends = demos.read_hdf5(tmp_path / "a.hdf5", ["actions", "absent"])
+    assert list(arrays) == ["actions"]
+    assert ends.tolist() == [2, 5]

@@ -1,0 +1,177 @@
+"""manipulation.py: pictures of Push-T, and where their simulators are installed, Meta-World and Adroit."""
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import demos
+import envs
+import manipulation
+
+
+def drawing() -> bool:
+    try:
+        manipulation.MetaWorld("reach", "points").reset(seed=0)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+needs_metaworld = pytest.mark.skipif(not drawing(), reason="metaworld is not installed, or nothing can be drawn here")
+
+
+# --- Push-T from pictures -----------------------------------------------------------------------------------------------
+
+
+def test_a_picture_of_push_t_shows_the_same_episode_as_the_numbers():
+    seeing, knowing = manipulation.pusht_env("image"), manipulation.pusht_env()
+    obs, _ = seeing.reset(seed=3)
+    state, _ = knowing.reset(seed=3)
+    for _ in range(5):
+        np.testing.assert_allclose(obs["agent"], state[18:], rtol=1e-6)
+        assert obs["image"].shape == (96, 96, 3)
+        x, y = (state[18:] * 96 / 512).astype(int)
+        red, _, blue = obs["image"][y, x].astype(int)
+        assert blue > red + 50  # the agent is a blue disc
+        obs, *_ = seeing.step(np.array([250.0, 300.0]))
+        state, *_ = knowing.step(np.array([250.0, 300.0]))
+
+
+def test_pictures_are_drawn_only_where_somebody_sees_them():
+    task = envs.get_task("pusht-image")
+    env, drawn = task.make(1, 1), []
+    table = env.vector.envs[0].env
+    draw = table._draw
+    table._draw = lambda: drawn.append(1) or draw()
+    env.reset([0])
+    obs, *_ = env.step(np.full((1, 8, 2), 250.0, np.float32))
+    assert len(drawn) == 2  # the start and the last of eight steps
+    twin = task.make(1, 2)  # with To = 2 the newest picture is the same, and the one before it the last but one
+    twin.reset([0])
+    both, *_ = twin.step(np.full((1, 8, 2), 250.0, np.float32))
+    np.testing.assert_array_equal(both["image"][:, 1], obs["image"][:, 0])
+    assert np.abs(both["agent"][0, 0] - both["agent"][0, 1]).max() > 0
+    env.close()
+    twin.close()
+
+
+def test_demonstrations_with_pictures_are_mapped_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(demos, "DATA", tmp_path / "data")
+    rng = np.random.default_rng(0)
+    root = zarr.open_group(str(tmp_path / "buffer.zarr"), mode="w")
+    pictures = rng.integers(0, 256, (30, 96, 96, 3)).astype(np.float32)
+    for name, array in {"img": pictures, "state": rng.uniform(50, 450, (30, 5)), "action": rng.uniform(50, 450, (30, 2))}.items():
+        root.create_array(f"data/{name}", data=array, chunks=(7, *array.shape[1:]))
+    root.create_array("meta/episode_ends", data=np.array([14, 30]))
+
+    def load():
+        task = envs.get_task("pusht-image")
+        return demos.load(str(tmp_path / "buffer.zarr"), task.name, task.demo_arrays, task.demo_convert)
+
+    data = load()
+    assert isinstance(data.obs["image"], np.memmap)
+    np.testing.assert_array_equal(data.obs["image"], pictures)
+    windows = demos.Windows(data, 2, 16, 8)
+    obs, _ = windows[torch.tensor([0, 10])]
+    assert obs["image"].shape == (2, 2, 96, 96, 3)
+    assert obs["image"].dtype == torch.uint8
+    load()
+    assert len(list((tmp_path / "data" / "cache").iterdir())) == 1  # made once
+
+    root["data/img"][3] = 0.5
+    with pytest.raises(ValueError, match=r"img: pictures must hold whole numbers from 0 to 255; rows 0 to 6"):
+        load()
+
+
+# --- Meta-World and Adroit ------------------------------------------------------------------------------------------------
+
+
+def test_all_50_tasks_of_meta_world_have_rows():
+    names = [name for group in manipulation.METAWORLD.values() for name in group]
+    assert len(names) == len(set(names)) == 50
+    assert [len(group) for group in manipulation.METAWORLD.values()] == [28, 11, 6, 5]
+    assert all(f"metaworld-{name}{view}" in envs.TASKS for name in names for view in ("", "-image", "-points"))
+
+
+def test_a_missing_simulator_names_its_pip_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "metaworld.env_dict", None)
+    with pytest.raises(ImportError, match=r"pip install -r requirements-simulators\.txt"):
+        envs.get_task("metaworld-reach").make(1, 1)
+
+
+@needs_metaworld
+def test_the_tasks_of_meta_world_are_metaworlds():
+    sims, experts = manipulation.metaworld_tasks()
+    names = {f"{name}-v3" for group in manipulation.METAWORLD.values() for name in group}
+    assert names == set(sims) == set(experts)
+
+
+@needs_metaworld
+def test_an_episode_of_meta_world_is_a_function_of_its_seed():
+    first, second = manipulation.MetaWorld("push", "state"), manipulation.MetaWorld("push", "state")
+    first.reset(seed=8)
+    for seed in (5, 6, 5):
+        a, b = first.reset(seed=seed)[0]["state"], second.reset(seed=seed)[0]["state"]
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(a, first.reset(seed=6)[0]["state"])
+
+
+@needs_metaworld
+def test_the_cloud_shows_the_object_and_the_goal_where_they_are():
+    env = manipulation.MetaWorld("push", "points")
+    obs, _ = env.reset(seed=1)
+    assert obs["points"].shape == (512, 3)
+    assert (obs["points"] >= env.LOW - 1e-6).all()
+    assert (obs["points"] <= env.HIGH + 1e-6).all()
+    nearest = {
+        name: np.linalg.norm(obs["points"] - place, axis=-1).min()
+        for name, place in {"object": env.full[4:7], "goal": env.sim._target_pos, "hand": obs["robot"][:3]}.items()
+    }
+    assert nearest["object"] < 0.03  # metres; the puck's own size
+    assert nearest["goal"] < 0.03
+    assert nearest["hand"] < 0.08
+    env.close()
+
+
+@needs_metaworld
+def test_recorded_successes_train_and_shifted_scenes_keep_their_shape(tmp_path, monkeypatch):
+    monkeypatch.setattr(demos, "DATA", tmp_path)
+    task = envs.get_task("metaworld-reach-points")
+    data = demos.load("embedded", task.name, task.demo_arrays, task.demo_convert, record=task.demo_record, origin="the expert")
+    assert len(data.episode_ends) == 10
+    assert data.obs["points"].shape[1:] == (512, 3)
+    assert "the expert" in data.source
+    obs = {key: torch.from_numpy(value[:2, None]) for key, value in data.obs.items()}
+    moved = task.shift(obs, torch.tensor([[0.0, 0.0, 0.0], [0.1, -0.2, 0.3]]))
+    assert torch.equal(moved["points"][0], obs["points"][0])
+    torch.testing.assert_close(moved["points"][1] - obs["points"][1], torch.tensor([0.1, -0.2, 0.3]).expand(1, 512, 3))
+    torch.testing.assert_close((moved["robot"] - obs["robot"])[1, 0], torch.tensor([0.1, -0.2, 0.3] * 3))
+
+
+@pytest.mark.parametrize("task", list(manipulation.ADROIT))
+def test_adroit_shapes_and_ends(task):
+    pytest.importorskip("gymnasium_robotics")
+    env = manipulation.Adroit(task, "state")
+    obs, _ = env.reset(seed=4)
+    assert obs["state"].shape == manipulation.adroit_shapes(task, "state")["state"]
+    np.testing.assert_array_equal(obs["state"], env.reset(seed=4)[0]["state"])
+    for step in range(1, 201):
+        _, reward, success, late, info = env.step(np.zeros(env.hand.actions))
+        assert (reward, info["score"]) == (0, 0)
+        assert not success
+        assert late == (step == 200)
+    env.close()
+
+
+def test_an_experts_arrays_become_a_policy(tmp_path):
+    rng = np.random.default_rng(0)
+    p = {"w0": rng.normal(size=(5, 3)), "b0": rng.normal(size=5), "w1": rng.normal(size=(2, 5)), "b1": rng.normal(size=2)}
+    p |= {"in_shift": rng.normal(size=3), "in_scale": rng.uniform(1, 2, 3), "out_shift": np.ones(2), "out_scale": np.full(2, 3.0)}
+    np.savez(tmp_path / "expert.npz", **p)
+    assert demos.holds_policy(tmp_path / "expert.npz")
+    obs = rng.normal(size=3)
+    hidden = np.tanh(p["w0"] @ ((obs - p["in_shift"]) / p["in_scale"]) + p["b0"])
+    np.testing.assert_allclose(
+        manipulation.expert_policy(tmp_path / "expert.npz")(obs), 3 * (p["w1"] @ hidden + p["b1"]) + 1, rtol=1e-6
+    )
