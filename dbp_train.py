@@ -107,6 +107,7 @@ class Config:
     eval_every: int = 2_750  # steps between evaluations; the best by score is kept
     eval_episodes: int = 50  # episodes of such an evaluation, starts from seed 50,000 on
     report_episodes: int = 100  # episodes of the final one, starts from seed 100,000 on
+    protocol: Literal["ours", "papers"] = "ours"  # papers: 10 evaluations of 20 episodes, the mean of the 5 best beside our score
     save_every: int = 1_000  # steps between saves of state.pt
 
 
@@ -241,6 +242,8 @@ def main() -> None:
     # ---- config -----------------------------------------------------------------------------------------------------
     cfg, state = read_config(Config, __doc__, defaults, "runs/{env}", FREE_ON_RESUME)
     check(cfg)
+    if cfg.protocol == "papers":
+        cfg = dataclasses.replace(cfg, eval_every=math.ceil(cfg.steps / 10), eval_episodes=20)
     rank, world, device = start_process_group(cfg.device)
     if cfg.batch_size % world:
         raise UserError(f"--batch-size is {cfg.batch_size}; it must be a multiple of the {world} processes", 2)
@@ -449,7 +452,9 @@ def main() -> None:
     # ---- final evaluation: starts that no decision has seen --------------------------------------------------------------
     if first:
         log.close()
-        evaluate.finish(Policy.load(out / "dbp.pt", device), task, out, cfg.report_episodes, wall)
+        best5 = sorted(log.column("score")[1])[-5:]
+        extra = {"score_top5": round(sum(best5) / len(best5), 4)} if cfg.protocol == "papers" else {}
+        evaluate.finish(Policy.load(out / "dbp.pt", device), task, out, cfg.report_episodes, wall, extra)
     if world > 1:
         torch.distributed.destroy_process_group()
 

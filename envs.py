@@ -283,8 +283,7 @@ class Locomotion:
 
     def __init__(self, num_envs: int, obs_steps: int, body: str, threads: int = 0):
         """threads: 0 for one per processor."""
-        if not os.environ.get("DISPLAY"):
-            os.environ.setdefault("MUJOCO_GL", "egl")  # films without a display; read when mujoco is imported
+        manipulation.draw_without_display()
         import mujoco
         from mujoco import rollout
 
@@ -297,6 +296,7 @@ class Locomotion:
         self.pool = ThreadPoolExecutor(self.threads)
         self.rollouts = [rollout.Rollout(nthread=0) for _ in range(self.threads)]  # each runs in the thread that calls it
         self.datas = [mujoco.MjData(self.model) for _ in range(num_envs)]
+        self.mujoco, self.drawn = mujoco, mujoco.MjData(self.model)  # what a film shows
         self.warm = np.array([data.qacc_warmstart for data in self.datas])  # (N, nv)
         width = mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_FULLPHYSICS)  # time, qpos, qvel
         self.control = int(mujoco.mjtState.mjSTATE_CTRL)
@@ -305,7 +305,7 @@ class Locomotion:
         self.history = np.zeros((num_envs, obs_steps, self._observation(self.state).shape[-1]), np.float32)
         self.length, self.score = np.zeros(num_envs, int), np.zeros(num_envs)
         self.fallen = np.zeros(num_envs, bool)
-        self.camera: Camera | None = None
+        self.eye: manipulation.Eye | None = None
         self.record(())
 
     def reset(self, seeds: Sequence[int], which: Sequence[int] | None = None) -> Arrays:
@@ -406,42 +406,21 @@ class Locomotion:
 
     def record(self, which: Sequence[int]) -> None:
         if len(which) > 0:
-            self.camera = self.camera or Camera(self.model)  # OSError where nothing can be drawn
+            self.eye = self.eye or manipulation.Eye(self.model, "track", 320, 240)  # OSError where nothing can be drawn
         self.recorded, self.frames = list(which), [[] for _ in which]
 
     def _film(self, i: int, state: np.ndarray) -> None:
         step = round(state[0] / self.gym.dt)
         if i in self.recorded and step % 2 == 0 and step <= 600:
-            self.frames[self.recorded.index(i)].append(self.camera(state[1 : 1 + self.model.nq]))
+            self.drawn.qpos[:] = state[1 : 1 + self.model.nq]
+            self.mujoco.mj_forward(self.model, self.drawn)
+            self.frames[self.recorded.index(i)].append(self.eye.picture(self.drawn))
 
     def close(self) -> None:
         self.pool.shutdown()
-        if self.camera:
-            self.camera.close()
+        if self.eye:
+            self.eye.close()
         self.gym.close()
-
-
-class Camera:
-    """qpos -> picture (240, 320, 3) uint8 from the model's following camera. OSError where nothing can be drawn."""
-
-    def __init__(self, model):
-        import mujoco
-
-        model.vis.quality.shadowsize, model.vis.quality.offsamples = 0, 0  # without a graphics card nearly the whole cost
-        try:
-            self.renderer, self.data = mujoco.Renderer(model, 240, 320), mujoco.MjData(model)
-        except Exception as error:  # OpenGL fails in many ways
-            raise OSError(
-                f"MuJoCo cannot draw here ({type(error).__name__}). Without a display: apt-get install libegl1 libgl1-mesa-dri "
-                "libopengl0, and set MUJOCO_GL=egl"
-            ) from error
-        self.forward, self.model, self.close = mujoco.mj_forward, model, self.renderer.close
-
-    def __call__(self, qpos: np.ndarray) -> np.ndarray:
-        self.data.qpos[:] = qpos
-        self.forward(self.model, self.data)
-        self.renderer.update_scene(self.data, camera="track")
-        return self.renderer.render()
 
 
 class Behaviour:

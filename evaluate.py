@@ -141,10 +141,13 @@ def select(policy: Policy, task: envs.Task, episodes: int) -> dict[str, float]:
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def finish(policy: Policy, task: envs.Task, out: Path, episodes: int, wall: Callable[[], float]) -> None:
+def finish(
+    policy: Policy, task: envs.Task, out: Path, episodes: int, wall: Callable[[], float], extra: dict | None = None
+) -> None:
     """The final numbers of a training, on starts that no decision has seen, and the film.
 
-    wall: seconds since the training began. Writes rollout.gif and result.json; the JSON line ends the output.
+    wall: seconds since the training began; extra: more for the JSON line. Writes rollout.gif and result.json; the JSON line ends
+    the output.
     """
     results = rollout(policy, task, list(range(REPORT_SEED, REPORT_SEED + episodes)), film=True)
     write_gif(results["frames"], out / "rollout.gif")
@@ -155,7 +158,7 @@ def finish(policy: Policy, task: envs.Task, out: Path, episodes: int, wall: Call
         f"success rate {line['success_rate']:.2f}, {line['latency_ms_p50']:.2f} ms per call\n"
         f"{film}see {out / 'curve.png'}"
     )
-    text = json.dumps({**line, "wall_s": round(wall(), 1)})
+    text = json.dumps({**line, "wall_s": round(wall(), 1), **(extra or {})})
     with plain_errors():
         (out / "result.json").write_text(text + "\n")
     print(text)

@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import h5py
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -374,3 +375,18 @@ def test_two_processes_give_the_weights_of_one(work):
     begin = torch.Generator().manual_seed(0).get_state()
     assert not torch.equal(states[0]["generator"], begin)
     same(states[0]["generator"], states[1]["generator"])
+
+
+def test_the_papers_protocol_reports_the_mean_of_the_five_best_of_ten_evaluations(tmp_path):
+    rng = np.random.default_rng(0)
+    with h5py.File(tmp_path / "hopper.hdf5", "w") as file:
+        file["observations"], file["actions"] = rng.normal(size=(90, 11)), rng.uniform(-1, 1, (90, 3))
+        file["rewards"], file["terminals"], file["timeouts"] = np.ones(90), np.arange(90) % 30 == 29, np.zeros(90, bool)
+    settings = {"env": "hopper-medium-v2", "demos": "hopper.hdf5", "steps": 25, "batch_size": 8, "report_episodes": 2}
+    done = run(TRAIN, *flags(**settings, protocol="papers", out="out", device="cpu"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    scores = sorted(float(row["score"]) for row in metrics(tmp_path / "out") if row["score"])
+    assert len(scores) == 9  # every third step, and the last
+    line = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert line["score_top5"] == pytest.approx(np.mean(scores[-5:]), rel=1e-3)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eval_episodes"] == 20

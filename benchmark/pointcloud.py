@@ -1,0 +1,101 @@
+"""The point-cloud table of README: Meta-World from 10 episodes of its scripted experts, Adroit from 10 of published experts.
+
+    python benchmark/pointcloud.py                                     the eight tasks, two per group, that two cores can do
+    python benchmark/pointcloud.py --tasks all --seeds 0 1 2           all 50 of Meta-World, unattended; wants a GPU
+    python benchmark/pointcloud.py --tasks adroit --adroit PATH        PATH/adroit_<task>_expert.npz for door and pen
+    python benchmark/pointcloud.py --print                             the table of what there is
+
+Every row is one `dbp_train.py --env <task>-points` command; its final score is over --episodes starts that no choice has seen
+(seeds 100,000 on). Lines go to benchmark/results/pointcloud.jsonl; a line that is there is not run again, a run that was cut is
+resumed. The paper follows MP1 with 34 of the tasks and does not list them; the groups here are DP3's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark" / "results" / "pointcloud.jsonl"
+RUNS = ROOT / "runs" / "benchmark"
+sys.path.insert(0, str(ROOT))
+from manipulation import METAWORLD
+
+PUBLISHED = {"easy": 91.7, "medium": 90.3, "hard": 75.2, "very hard": 86.7}  # DBP in its paper, averages in %
+EIGHT = ["button-press", "reach-wall", "basketball", "hammer", "assembly", "push", "disassemble", "stick-pull"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    tasks: tuple[str, ...] = ("eight",)  # names of Meta-World's tasks, or eight, all, adroit
+    seeds: tuple[int, ...] = (0,)  # training seeds
+    episodes: int = 20  # of the final evaluation
+    adroit: str = ""  # folder of the published experts' npz files
+    device: str = "auto"
+    print: bool = False  # print the table of what there is, run nothing
+
+
+def read_results() -> list[dict]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def table(rows: list[dict]) -> str:
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        scores.setdefault(row["task"], []).append(100 * row["score"])
+    lines = ["| group | task: success % (seeds) | average | published |", "|---|---|---|---|"]
+    for group, names in {**METAWORLD, "Adroit": ["adroit-door", "adroit-pen"]}.items():
+        names = [name if group == "Adroit" else f"metaworld-{name}" for name in names]
+        done = {name: scores[name] for name in names if name in scores}
+        cells = ", ".join(f"{name.removeprefix('metaworld-')} {np.mean(s):.0f} ({len(s)})" for name, s in done.items())
+        missing = len(names) - len(done)
+        average = f"{np.mean([np.mean(s) for s in done.values()]):.1f}" if done else "not run"
+        published = {**PUBLISHED, "Adroit": "door 70, pen 80"}[group]
+        lines.append(f"| {group} | {cells or '-'}{f'; {missing} not run' if missing else ''} | {average} | {published} |")
+    return "\n".join(lines)
+
+
+def run(task: str, seed: int, cfg: Config) -> dict:
+    """The result line of one training; a finished one is not run again, a cut one is resumed."""
+    out = RUNS / f"{task}-points-{seed}"
+    if not (out / "result.json").is_file():
+        demos = f"{cfg.adroit}/{task.replace('-', '_')}_expert.npz" if task.startswith("adroit") else "embedded"
+        flags = ["--demos", demos, "--seed", str(seed), "--report-episodes", str(cfg.episodes), "--device", cfg.device]
+        flags += ["--resume"] if (out / "state.pt").is_file() else []
+        command = [sys.executable, "dbp_train.py", "--env", f"{task}-points", "--out", str(out), *flags]
+        print(" ".join(command), flush=True)
+        subprocess.run(command, cwd=ROOT, check=True)
+    return json.loads((out / "result.json").read_text().splitlines()[-1])
+
+
+def main() -> None:
+    cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
+    every = [name for group in METAWORLD.values() for name in group]
+    names = [name for word in cfg.tasks for name in {"eight": EIGHT, "all": every, "adroit": []}.get(word, [word])]
+    tasks = [f"metaworld-{name}" for name in names] + (["adroit-door", "adroit-pen"] if "adroit" in cfg.tasks else [])
+    done = {(row["task"], row["train_seed"]) for row in read_results()}
+    for task, seed in [] if cfg.print else [(t, s) for s in cfg.seeds for t in tasks if (t, s) not in done]:
+        line = run(task, seed, cfg)
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        stamp = {"task": task, "train_seed": seed, "date": time.strftime("%Y-%m-%d"), "commit": commit}
+        RESULTS.parent.mkdir(exist_ok=True)
+        with open(RESULTS, "a") as file:
+            file.write(json.dumps({**stamp, "machine": machine(), **line}) + "\n")
+    print(table(read_results()))
+
+
+def machine() -> str:
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
