@@ -103,6 +103,7 @@ class Config:
     shared_cameras: bool = False  # one network for all cameras
     point_widths: tuple[int, ...] = (64, 128, 256)  # clouds: features of each point, layer by layer
     point_dim: int = 64  # clouds: features of the cloud
+    cloud_origin: str = ""  # clouds: xyz from the first three numbers of this observation, as the hand's; DEPARTS paper: empty
 
     eval_every: int = 2_750  # steps between evaluations; the best by score is kept
     eval_episodes: int = 50  # episodes of such an evaluation, starts from seed 50,000 on
@@ -293,6 +294,7 @@ def main() -> None:
                 shared_cameras=cfg.shared_cameras,
                 point_widths=cfg.point_widths,
                 point_dim=cfg.point_dim,
+                cloud_origin=cfg.cloud_origin,
             )
         )
     with plain_errors():

@@ -61,6 +61,7 @@ class PolicyConfig:
     shared_cameras: bool = False  # cameras: one network for all of them
     point_widths: tuple[int, ...] = (64, 128, 256)  # clouds: features of each point, layer by layer
     point_dim: int = 64  # clouds: features of the cloud
+    cloud_origin: str = ""  # clouds: xyz is measured from the first three numbers of this observation; empty: from the frame's
 
 
 def check_horizons(obs_steps: int, horizon: int, action_steps: int) -> None:
@@ -255,6 +256,8 @@ class Policy(nn.Module):
             {key: Normalizer(shape[-1:] if kind(shape) == "cloud" else shape) for key, shape in normalized.items()}
         )
         self.normalize_action = Normalizer((config.action_dim,))
+        if config.cloud_origin and config.obs_shapes.get(config.cloud_origin, (0,))[-1] < 3:
+            raise ValueError(f"cloud_origin is {config.cloud_origin!r}; it must name an observation of at least 3 numbers")
         image = {name: getattr(config, f"image_{name}") for name in ("network", "pooling", "crop", "dim")}
         image["shared"] = config.shared_cameras
         self.encoder = Encoder(config.obs_shapes, image, {"widths": config.point_widths, "dim": config.point_dim})
@@ -262,14 +265,26 @@ class Policy(nn.Module):
 
     def fit_normalizers(self, obs: Mapping[str, np.ndarray], actions: np.ndarray) -> None:
         """obs {key: (N, *shape)}, actions (N, Da): all steps of the demonstrations, environment units."""
+        centered = self.center({key: torch.from_numpy(obs[key]) for key in self.normalize_obs})
         for key, normalizer in self.normalize_obs.items():
-            normalizer.fit(torch.from_numpy(obs[key]).reshape(-1, *normalizer.center.shape))
+            normalizer.fit(centered[key].reshape(-1, *normalizer.center.shape))
         self.normalize_action.fit(torch.from_numpy(actions))
+
+    def center(self, obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Clouds (..., points, 3 or more) with xyz measured from `cloud_origin`, in practice the hand. Everything else as it is.
+
+        What the hand has to do depends on where things are from it: ten demonstrations then tell as much as many more.
+        """
+        if not self.config.cloud_origin:
+            return dict(obs)
+        origin = obs[self.config.cloud_origin][..., None, :3]
+        clouds = [key for key, shape in self.config.obs_shapes.items() if kind(shape) == "cloud"]
+        return {**obs, **{key: torch.cat([obs[key][..., :3] - origin, obs[key][..., 3:]], -1) for key in clouds}}
 
     def encode(self, obs: Mapping[str, Tensor]) -> Tensor:
         """o_hist of Eqs. (6), (18): obs {key: (B, To, *shape)}, environment units, images uint8 -> cond (B, C)."""
-        normalized = {key: normalizer(obs[key]) for key, normalizer in self.normalize_obs.items()}
-        return self.encoder({**obs, **normalized}).flatten(1)
+        obs = self.center(obs)
+        return self.encoder({**obs, **{key: scale(obs[key]) for key, scale in self.normalize_obs.items()}}).flatten(1)
 
     def forward(self, obs: Mapping[str, Tensor], z: Tensor) -> Tensor:
         """Eqs. (7), (24): G chunks per observation. z (B, G, Tp, Da) -> (B, G, Tp, Da), normalised actions."""
