@@ -174,7 +174,7 @@ def defaults(given: Config) -> Config:
     """Preset and task are the defaults under the flags."""
     with plain_errors(2):
         task = envs.get_task(given.env)
-    settings = {**PRESETS[given.preset], **task.train}  # what the task needs (horizons) goes before what the preset likes
+    settings = {**task.train, **PRESETS[given.preset]}  # a preset is more than a task's idea of `fast`; horizons are the task's
     if task.demo_mirror is None:
         settings.pop("mirror", None)
     return Config(**settings, preset=given.preset)
@@ -269,7 +269,7 @@ def main() -> None:
         mirror = task.demo_mirror if cfg.mirror else None
         made = {"record": task.demo_record, "origin": task.demo_origin, "record_expert": task.demo_expert}
         data = demos.load(cfg.demos, cfg.env, task.demo_arrays, task.demo_convert, mirror, **made)
-        task.make(1, cfg.obs_steps).close()  # a missing simulator shows now, not after the training
+        task.check(cfg.obs_steps)  # a missing simulator shows now, not after the training
 
     # ---- model ------------------------------------------------------------------------------------------------------
     with plain_errors(2):

@@ -402,6 +402,7 @@ def main() -> None:
     # ---- resume -----------------------------------------------------------------------------------------------------
     out, iteration, best, seconds = Path(cfg.out), 0, -math.inf, 0.0
     with plain_errors():
+        task.check(c.obs_steps)
         episodes = envs.Episodes(env, TRAIN_SEED + rank, world)
     if state is not None:
         if len(state["ranks"]) != world:

@@ -11,7 +11,8 @@ they have in the file; the task (envs.py) turns them into its observation and it
                                                   timeouts is true; or robomimic's: data/demo_<k>/<name> or .../obs/<name>
     minari:<id>                      read_minari  observations, actions, rewards
 
-Pictures, (steps, H, W, 3), are never in memory as a whole: they go, as uint8, into a plain file in data/cache/, which is mapped.
+Pictures, (steps, H, W, 3), of zarr and of robomimic's files are never in memory as a whole: they go, as uint8, into a plain file
+in data/cache/, which is mapped.
 Symbols: To obs_steps, Tp horizon, Ta action_steps, Da action dimension, N steps of all episodes together.
 Errors are ValueError (the content is wrong), OSError (the file cannot be had) or ImportError; each names the remedy.
 """
@@ -151,24 +152,32 @@ def spool(path: Path, name: str, shape: tuple[int, ...], blocks: Iterable[np.nda
 
     Raises: ValueError for pictures that are not whole numbers from 0 to 255.
     """
-    changed = max(file.stat().st_mtime_ns for file in (path, *path.rglob("*")))  # of a folder, all that is in it
+    files = sorted((path, *path.rglob("*")))  # of a folder, all that is in it
+    changed = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = f"{path.resolve()} {changed} {name} {shape}"
     cache = DATA / "cache" / f"{path.stem}-{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
     if not cache.is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_name(f"{cache.name}.{os.getpid()}.part")  # processes of one training do not meet
-        pictures, row = np.lib.format.open_memmap(part, "w+", np.uint8, shape), 0
-        for block in blocks:
-            if block.dtype != np.uint8 and not ((block >= 0) & (block <= 255) & (block == np.round(block))).all():
-                part.unlink()
-                raise ValueError(
-                    f"{name}: pictures must hold whole numbers from 0 to 255; rows {row} to {row + len(block) - 1} reach from "
-                    f"{block.min():g} to {block.max():g}"
-                )
-            pictures[row : row + len(block)] = block
-            row += len(block)
-        pictures.flush()
-        part.replace(cache)
+        part, row = cache.with_name(f"{cache.name}.{os.getpid()}.part"), 0  # processes of one training do not meet
+        try:
+            with open(part, "wb") as file:  # written, not mapped: a full disk then is an error and not a signal
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for block in blocks:
+                    if block.shape[1:] != shape[1:]:
+                        raise ValueError(
+                            f"{name}: pictures from row {row} on have shape {block.shape[1:]}, those before {shape[1:]}"
+                        )
+                    if block.dtype != np.uint8 and not ((block >= 0) & (block <= 255) & (block == np.round(block))).all():
+                        raise ValueError(
+                            f"{name}: pictures must hold whole numbers from 0 to 255; rows {row} to {row + len(block) - 1} reach "
+                            f"from {block.min():g} to {block.max():g}"
+                        )
+                    file.write(np.ascontiguousarray(block, np.uint8).tobytes())
+                    row += len(block)
+            part.replace(cache)
+        finally:
+            part.unlink(missing_ok=True)
     return np.load(cache, mmap_mode="c")
 
 
@@ -223,7 +232,8 @@ def read_robomimic(path: Path, group, names: Sequence[str]) -> tuple[Arrays, np.
 
     Raises ValueError where an episode lacks an array that the first one has, or its arrays differ in length.
     """
-    episodes = [group[f"demo_{k}"] for k in sorted(int(name.removeprefix("demo_")) for name in group if name.startswith("demo_"))]
+    numbers = sorted(int(name.removeprefix("demo_")) for name in group if name.removeprefix("demo_").isdecimal())
+    episodes = [group[f"demo_{k}"] for k in numbers]
     if not episodes:
         raise ValueError(f"{path} holds no episodes data/demo_0, data/demo_1, ...")
 
@@ -250,9 +260,10 @@ def read_d4rl(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
 
     try:
         with h5py.File(path) as file:
-            wanted = [*names, "terminals", "timeouts"]
+            present = [name for name in names if name in file]
+            wanted = [*present, "terminals", "timeouts"]
             missing = [name for name in wanted if not isinstance(file.get(name), h5py.Dataset)]
-            wanted += ["next_observations"] if "observations" in names and "next_observations" in file else []
+            wanted += ["next_observations"] if "observations" in present and "next_observations" in file else []
             if missing:
                 raise ValueError(f"it has no array {', '.join(missing)} (it has {', '.join(file)})")
             arrays = {name: np.asarray(file[name][:]) for name in wanted}
@@ -309,8 +320,9 @@ def read_minari(dataset_id: str, names: Sequence[str]) -> tuple[Arrays, np.ndarr
         raise ValueError(f"cannot load the Minari dataset {dataset_id!r} ({type(error).__name__}: {error})") from error
     if not episodes:
         raise ValueError(f"the Minari dataset {dataset_id!r} holds no episodes")
+    names = [name for name in names if getattr(episodes[0], name, None) is not None]
     for name in names:
-        if not isinstance(getattr(episodes[0], name, None), np.ndarray):
+        if not isinstance(getattr(episodes[0], name), np.ndarray):
             raise ValueError(f"the Minari dataset {dataset_id!r} has no plain array {name!r} per episode, which this task reads")
     rows = {name: [getattr(episode, name)[: len(episode.actions)] for episode in episodes] for name in names}
     return {name: np.concatenate(parts) for name, parts in rows.items()}, np.cumsum([len(e.actions) for e in episodes])
@@ -360,7 +372,8 @@ def load(
     else:
         path = Path(source).expanduser()
     if record_expert is not None and holds_policy(path):
-        policy, path = path, DATA / "recorded" / f"{task}-{path.stem}.npz"
+        policy, digest = path, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        path = DATA / "recorded" / f"{task}-{policy.stem}-{digest}.npz"
         if not path.exists():
             print(f"recording demonstrations with the policy {policy} -> {path}", flush=True)
             record_expert(path, policy)
@@ -392,17 +405,22 @@ def load(
         actions, ends = np.concatenate([actions, mirrored_actions]), np.concatenate([ends, len(actions) + ends])
         label += ", and their mirror images"
     obs = {key: value if value.dtype == np.uint8 else np.ascontiguousarray(value, np.float32) for key, value in obs.items()}
-    returns = np.add.reduceat(arrays["rewards"], [0, *ends[:-1]]) if "rewards" in arrays else None
-    return Demos(obs, np.ascontiguousarray(actions, np.float32), np.asarray(ends, np.int64), label, returns)
+    data = Demos(obs, np.ascontiguousarray(actions, np.float32), np.asarray(ends, np.int64), label)
+    if "rewards" not in arrays:
+        return data
+    if len(arrays["rewards"]) < len(data.actions):
+        raise ValueError(
+            f"{label}: rewards has {len(arrays['rewards'])} steps, action has {len(data.actions)}; they must be equal"
+        )
+    return dataclasses.replace(data, returns=np.add.reduceat(arrays["rewards"], [0, *ends[:-1]]))
 
 
 def holds_policy(path: Path) -> bool:
     """Whether path is an .npz of a network's weights, w0, b0, ..., instead of steps."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return path.suffix == ".npz" and "w0" in file
-    except (OSError, ValueError):  # read_npz says what is wrong with it
-        return False
+    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+        return False  # read_npz says what is wrong with it
+    with zipfile.ZipFile(path) as file:
+        return "w0.npy" in file.namelist()
 
 
 def download(url: str, path: Path, timeout_s: float = 30.0) -> None:

@@ -132,6 +132,9 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"image crop is {crop}; it must be above 0 and at most 1")
         if shared and len(set(obs_shapes.values())) > 1:
             raise ValueError(f"cameras of different sizes cannot share an encoder: {dict(obs_shapes)}")
+        smallest = min(round(crop * side) for shape in obs_shapes.values() for side in shape[:2])
+        if smallest < 8:
+            raise ValueError(f"image crop {crop} leaves {smallest} pixels; the network needs 8")
         self.keys, self.crop, self.feature_dim = list(obs_shapes), crop, dim * len(obs_shapes)
 
         def build() -> nn.Sequential:

@@ -50,7 +50,7 @@ class Task:
     obs_shapes: dict[str, tuple[int, ...]]  # shape of one step of each observation key
     action_dim: int
     make: Callable[[int, int], object]  # (num_envs, obs_steps) -> vectorised environment
-    demo_arrays: tuple[str, ...]  # arrays to read from a demonstration file
+    demo_arrays: tuple[str, ...]  # arrays to read from a demonstration file, as far as it has them
     demo_convert: Callable[[Arrays], tuple[Arrays, np.ndarray]]  # those arrays -> (obs, actions), environment units
     demo_mirror: Callable[[Arrays], Arrays] | None = None  # those arrays -> the same episodes in the task's mirror, if it has one
     demo_record: Callable[[Path], None] | None = None  # makes the embedded demonstrations on first use, where they are recorded
@@ -58,8 +58,19 @@ class Task:
     demo_expert: Callable[[Path, Path], None] | None = None  # (file to make, policy) the same with an expert policy that is given
     shift: Callable[[dict, torch.Tensor], dict] | None = None  # the observation of a scene that stands elsewhere
     make_training: Callable[[int, int], object] | None = None  # the same for dbpo_finetune.py, where another is faster
+    side_by_side: int = 100  # environments of an evaluation; one that draws takes 100 MB
     train: dict[str, object] = dataclasses.field(default_factory=dict)  # defaults of dbp_train.py that this task changes
     finetune: dict[str, object] = dataclasses.field(default_factory=dict)  # and of dbpo_finetune.py
+
+    def check(self, obs_steps: int) -> None:
+        """Build one environment and look at it: ImportError or ValueError where a simulator is missing or cannot draw."""
+        env = self.make(1, obs_steps)
+        try:
+            env.reset([0])
+        except SimulationError as error:
+            raise ValueError(f"{self.name} does not run here: {error}") from error
+        finally:
+            env.close()
 
 
 class SimulationError(RuntimeError):
@@ -137,8 +148,8 @@ class Chunked(gymnasium.Wrapper):
 
     An environment without a Dict observation gives its Box under the key "state". It may put `score` and `success` into its
     info; without them the score is the return, and success is to reach the time limit. Where an observation is dear, as cameras
-    are, the environment may have an attribute `observing`: it is False for steps whose observation nobody will see, and the
-    environment then may return None instead of one, unless the episode ends there.
+    are, the environment may have attributes `observing` and `MAX_STEPS`: the first is False for steps whose observation nobody
+    will see, and the environment then may return None instead of one, unless the episode ends there.
     """
 
     def __init__(self, env: gymnasium.Env, obs_steps: int, number: int):
@@ -163,11 +174,12 @@ class Chunked(gymnasium.Wrapper):
 
     def step(self, chunk: np.ndarray) -> tuple[Arrays, float, bool, bool, dict]:
         reward = 0.0
+        last = min(len(chunk), getattr(self.env.unwrapped, "MAX_STEPS", np.inf) - self.length)  # steps up to the time limit
         for k, action in enumerate(chunk):
             if self.terminated or self.truncated:
                 break
             if self.sparing:
-                self.env.unwrapped.observing = k >= len(chunk) - self.history.maxlen
+                self.env.unwrapped.observing = k >= last - self.history.maxlen
             obs, step_reward, self.terminated, self.truncated, self.info = self.env.step(action)
             if obs is not None:
                 self.history.append(obs if self.keyed else {"state": obs})
@@ -502,6 +514,8 @@ def record_locomotion(path: Path, body: str, levels: Sequence[str], steps: int =
 
 def locomotion_demos(arrays: Arrays, obs_dim: int, action_dim: int) -> tuple[Arrays, np.ndarray]:
     """D4RL's arrays. Its Ant files hold 111 numbers per observation, of which the last 84 (contact forces) are zeros."""
+    if "rewards" not in arrays:
+        raise ValueError(f"it has no array rewards (it has {', '.join(arrays)})")
     for name, width in (("observations", obs_dim), ("actions", action_dim)):
         found = arrays[name].shape[1:] if name in arrays else "nothing"
         if (
@@ -584,8 +598,9 @@ def adroit_task(task: str, view: str) -> Task:
         obs_shapes=shapes,
         action_dim=actions,
         make=partial(GymVector, partial(manipulation.Adroit, task, view)),
+        side_by_side=100 if view == "state" else 20,
         # Minari's and the human demonstrations hold states, an expert's recorded episodes hold what the policy is to see
-        demo_arrays=("observations", "actions", "rewards", *shapes, "action") if view == "state" else (*shapes, "action"),
+        demo_arrays=("observations", "actions", "rewards", *shapes, "action"),
         demo_convert=partial(manipulation.adroit_demos, shapes=shapes, action_dim=actions),
         demo_expert=partial(manipulation.record_adroit, task=task, view=view),
         train={"obs_steps": 2, "horizon": 4, "action_steps": 3, "batch_size": 128, "steps": 3_000, "eval_every": 1_500}
@@ -601,7 +616,8 @@ def metaworld_task(task: str, view: str) -> Task:
         obs_shapes=shapes,
         action_dim=4,
         make=partial(GymVector, partial(manipulation.MetaWorld, task, view)),
-        demo_arrays=(*shapes, "action"),
+        side_by_side=100 if view == "state" else 20,
+        demo_arrays=(*shapes, "action", "actions"),
         demo_convert=partial(manipulation.plain_demos, shapes=shapes, action_dim=4),
         demo_record=partial(manipulation.record_metaworld, task=task, view=view),
         demo_origin="Meta-World's scripted expert",

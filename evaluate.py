@@ -27,7 +27,6 @@ from common import UserError, plain_errors, run_main, usable_device
 from encoders import kind
 from policy import Policy
 
-MAX_ENVS = 100  # environments side by side
 SELECTION_SEED = 50_000  # first start of the evaluations that choose a checkpoint
 REPORT_SEED = 100_000  # first start of the final evaluation
 COLUMNS = ["score", "score_low", "score_high", "success_rate"]  # of a training's log
@@ -51,8 +50,8 @@ def rollout(policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int 
     """Run one episode per seed. Returns: score, success, return, length, each (episodes,), and frames (list) if film."""
     c = policy.config
     results = {"score": [], "success": [], "return": [], "length": []}
-    for first in range(0, len(seeds), MAX_ENVS):
-        batch = seeds[first : first + MAX_ENVS]
+    for first in range(0, len(seeds), task.side_by_side):
+        batch = seeds[first : first + task.side_by_side]
         env = task.make(len(batch), c.obs_steps)
         generator = torch.Generator().manual_seed(latent_seed + first)
         if film and first == 0:
@@ -60,7 +59,14 @@ def rollout(policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int 
                 env.record(range(min(FILMED, len(batch))))
             except OSError as error:  # nothing can be drawn on this machine: numbers without pictures
                 print(f"no film: {error}", file=sys.stderr)
-        obs = env.reset(batch)
+        try:
+            obs = env.reset(batch)
+        except envs.SimulationError as error:
+            if not film:
+                raise UserError(f"the evaluation could not begin: {error}") from error
+            print(f"no film: {error}", file=sys.stderr)
+            env.close()
+            return {**rollout(policy, task, seeds, latent_seed), "frames": []}
         done, total = np.zeros(len(batch), bool), np.zeros(len(batch))
         while not done.all():
             z = policy.sample_latents(len(batch), generator)  # for all, so that they do not depend on who is still running
@@ -208,7 +214,11 @@ def main() -> None:
         raise UserError(f"{cfg.ckpt} was trained for {policy.config.env}, not for {cfg.env}; give the checkpoint of that task")
     with plain_errors():
         task = envs.get_task(policy.config.env)
-        task.make(1, policy.config.obs_steps).close()  # a missing simulator is the user's to mend, a failing one is not
+        if task.obs_shapes != policy.config.obs_shapes:
+            raise ValueError(
+                f"{cfg.ckpt} was trained with the observations {policy.config.obs_shapes}; {task.name} has {task.obs_shapes}"
+            )
+        task.check(policy.config.obs_steps)  # a missing simulator is the user's to mend, a failing one is not
     start = time.perf_counter()
     seeds = list(range(cfg.seed_start, cfg.seed_start + cfg.episodes))
     results = rollout(policy, task, seeds, cfg.seed, film=bool(cfg.gif))

@@ -148,7 +148,7 @@ def pusht_env(view: str = "state") -> gymnasium.Env:
             return obs, reward, success, late, info
 
     table = Table(obs_type="state", render_mode="rgb_array", visualization_width=256, visualization_height=256)
-    table.observing = True  # see envs.Chunked
+    table.observing, table.MAX_STEPS = True, PUSHT_MAX_STEPS  # see envs.Chunked
     table.observation_space = (
         gymnasium.spaces.Box(-np.inf, np.inf, (20,)) if view == "state" else observation_space(PUSHT_IMAGE_SHAPES)
     )
@@ -161,6 +161,8 @@ def pusht_image_demos(arrays: Arrays) -> tuple[Arrays, np.ndarray]:
     if "img" not in arrays or arrays["img"].shape[1:] != PUSHT_IMAGE_SHAPES["image"]:
         found = arrays["img"].shape if "img" in arrays else "nothing"
         raise ValueError(f"img must have shape (steps, 96, 96, 3); it has {found}")
+    if arrays["img"].dtype != np.uint8:
+        raise ValueError(f"img holds {arrays['img'].dtype}; pictures must be uint8, 0 to 255")
     return {"agent": np.asarray(arrays["state"], np.float64)[:, :2], "image": arrays["img"]}, actions
 
 
@@ -174,6 +176,8 @@ def record_pusht_images(path: Path, episodes: int = 200) -> None:
     table.reset(seed=0)
     for row, picture in zip(state.astype(float), pictures, strict=True):
         table.agent.position, table.block.angle, table.block.position = row[:2].tolist(), float(row[4]), row[2:4].tolist()
+        for body in (table.agent, table.block):  # pymunk draws shapes where the last step or this left them
+            table.space.reindex_shapes_for_body(body)
         picture[:] = table._see(row[:2], row[2:])["image"]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")  # processes of one training do not meet
@@ -188,6 +192,17 @@ def draw_without_display() -> None:
     """To be called before mujoco is imported for the first time, by whatever: it chooses its library for drawing then."""
     if not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
+
+
+def aim(camera, at: tuple[float, float, float], place: tuple[float, float, float], fovy: float) -> None:
+    """Turn a camera of a MuJoCo model, upright: place and at in metres, vertical field of view in degrees."""
+    import mujoco
+
+    backward = np.subtract(place, at) / np.linalg.norm(np.subtract(place, at))  # MuJoCo's cameras look along -z with y up
+    right = np.cross([0, 0, 1], backward) / np.linalg.norm(np.cross([0, 0, 1], backward))
+    axes = np.stack([right, np.cross(backward, right), backward], -1)
+    mujoco.mju_mat2Quat(camera.quat, axes.flatten())
+    camera.pos[:], camera.fovy[:] = place, fovy
 
 
 class Eye:
@@ -218,7 +233,7 @@ class Eye:
         """(count, 3) float32, metres in the world's frame, of what lies in the box."""
         self.renderer.enable_depth_rendering()
         self.renderer.update_scene(data, camera=self.name)
-        pose = np.eye(4)  # camera -> world; MuJoCo's cameras look along -z with y up
+        pose = np.eye(4)  # camera -> world
         pose[:3, :3], pose[:3, 3] = data.camera(self.name).xmat.reshape(3, 3) * [1, -1, -1], data.camera(self.name).xpos
         points = depth_to_points(self.renderer.render(), self.camera, pose)
         points = points[crop(points, low, high)]
@@ -248,9 +263,9 @@ METAWORLD = {
 class MetaWorld(gymnasium.Env):
     """One task of Meta-World v3: a Sawyer arm, actions are the hand's displacement (3) and the gripper's force (1), in [-1, 1].
 
-    The goal is random and visible: as numbers in `state`, as the drawn marker in pictures and clouds. The camera is DP3's,
-    corner2 moved to (0.6, 0.295, 0.8) m. Score and reward: 1 at success, which ends an episode; time limit 200 steps, as in DP3.
-    An episode is a function of its seed.
+    The goal is random and visible: as numbers in `state`, as the drawn marker in pictures and clouds. The camera stands where
+    DP3's does and is turned to the middle of the workspace: DP3's does not see the goals of stick-pull, stick-push and sweep.
+    Score and reward: 1 at success, which ends an episode; time limit 200 steps, as in DP3. An episode is a function of its seed.
     """
 
     MAX_STEPS, SIZE, POINTS = 200, 128, 512
@@ -266,7 +281,7 @@ class MetaWorld(gymnasium.Env):
         self.sim._freeze_rand_vec, self.sim.seeded_rand_vec, self.sim._set_task_called = False, True, True
         self.sim._partially_observable = False  # the goal is part of the observation
         self.sim.__dict__.pop("sawyer_observation_space", None)  # cached with the goal left out
-        self.sim.model.camera("corner2").pos[:] = 0.6, 0.295, 0.8
+        aim(self.sim.model.camera("corner2"), at=(0.1, 0.65, 0.1), place=(0.6, 0.295, 0.8), fovy=50.0)
         self.action_space = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
         self.observation_space = observation_space(metaworld_shapes(view))
 
@@ -291,8 +306,11 @@ class MetaWorld(gymnasium.Env):
             return {"state": np.concatenate([self.full[:18], self.full[36:]]).astype(np.float32)}
         bodies = [self.sim.data.body(name).xpos for name in ("hand", "rightclaw", "leftclaw")]
         robot = np.concatenate(bodies).astype(np.float32)
-        for name, position in self.sim._target_site_config:
-            self.sim.data.site(name).xpos[:] = position  # the marker; the simulation puts it back to where the model has it
+        for (
+            name,
+            position,
+        ) in self.sim._target_site_config:  # the markers; the simulation puts them back to where the model has them
+            self.sim.data.site(name).xpos[:] = self.sim._target_pos if name == "goal" else position
         if self.view == "image":
             return {"robot": robot, "image": self._eye().picture(self.sim.data)}
         return {"robot": robot, "points": self._eye().points(self.sim.data, self.LOW, self.HIGH, self.POINTS)}
@@ -383,6 +401,8 @@ def observation_space(shapes: dict[str, tuple[int, ...]]) -> gymnasium.spaces.Di
 
 def plain_demos(arrays: Arrays, shapes: dict[str, tuple[int, ...]], action_dim: int) -> tuple[Arrays, np.ndarray]:
     """Arrays that are named as the observations are, and `action`. Raises ValueError where one lacks or has another shape."""
+    if "action" not in arrays and "actions" in arrays:  # robomimic's name
+        arrays = {**arrays, "action": arrays["actions"]}
     for name, shape in {**shapes, "action": (action_dim,)}.items():
         found = arrays[name].shape[1:] if name in arrays else "nothing"
         if found != shape:
@@ -494,15 +514,24 @@ def adroit_demos(arrays: Arrays, shapes: dict[str, tuple[int, ...]], action_dim:
 
 def record_adroit(path: Path, policy: Path, task: str, view: str) -> None:
     """Ten successes of an expert policy that is given as arrays."""
-    record_expert(path, Adroit(task, view), expert_policy(policy))
+    record_expert(path, Adroit(task, view), expert_policy(policy, ADROIT[task].features, ADROIT[task].actions))
 
 
-def expert_policy(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def expert_policy(path: Path, obs_dim: int, action_dim: int) -> Callable[[np.ndarray], np.ndarray]:
     """A policy given as arrays, the published DAPG policies' form: tanh layers w0, b0, w1, b1, ... of (o - in_shift) / in_scale,
     the last one linear, times out_scale plus out_shift."""
     with np.load(path, allow_pickle=False) as file:
         p = dict(file)
     layers = sum(name.startswith("w") for name in p)
+    needed = [f"{kind}{k}" for k in range(layers) for kind in "wb"] + ["in_shift", "in_scale", "out_shift", "out_scale"]
+    missing = [name for name in needed if name not in p]
+    if missing:
+        raise ValueError(f"{path}: the policy lacks {', '.join(missing)}")
+    found = len(p["in_shift"]), len(p["out_shift"])
+    if found != (obs_dim, action_dim):
+        raise ValueError(
+            f"{path}: the policy takes {found[0]} numbers and gives {found[1]}; the task has {obs_dim} and {action_dim}"
+        )
 
     def act(obs: np.ndarray) -> np.ndarray:
         h = (obs - p["in_shift"]) / (p["in_scale"] + 1e-8)

@@ -256,8 +256,15 @@ class Policy(nn.Module):
             {key: Normalizer(shape[-1:] if kind(shape) == "cloud" else shape) for key, shape in normalized.items()}
         )
         self.normalize_action = Normalizer((config.action_dim,))
-        if config.cloud_origin and config.obs_shapes.get(config.cloud_origin, (0,))[-1] < 3:
-            raise ValueError(f"cloud_origin is {config.cloud_origin!r}; it must name an observation of at least 3 numbers")
+        if config.cloud_origin:
+            origin = config.obs_shapes.get(config.cloud_origin, (0,))
+            if kind(origin) != "state" or origin[0] < 3 or "cloud" not in map(kind, config.obs_shapes.values()):
+                raise ValueError(
+                    f"cloud_origin is {config.cloud_origin!r}; it must name an observation of 3 numbers or more beside a cloud, "
+                    f"and there are {config.obs_shapes}"
+                )
+        if min((*config.point_widths, 1)) < 1 or not config.point_widths:
+            raise ValueError(f"point_widths is {config.point_widths}; it must hold one number from 1 on per layer")
         image = {name: getattr(config, f"image_{name}") for name in ("network", "pooling", "crop", "dim")}
         image["shared"] = config.shared_cameras
         self.encoder = Encoder(config.obs_shapes, image, {"widths": config.point_widths, "dim": config.point_dim})
@@ -315,6 +322,9 @@ class Policy(nn.Module):
         c = self.config
         device = self.normalize_action.center.device
         tensors = {}
+        unknown = [key for key in obs if key not in c.obs_shapes]
+        if unknown:
+            raise ValueError(f"this policy has never seen {', '.join(unknown)}; it was trained with {list(c.obs_shapes)}")
         for key, shape in c.obs_shapes.items():
             if key not in obs:
                 raise ValueError(f"the observation lacks {key!r}; this policy needs {list(c.obs_shapes)}")

@@ -78,12 +78,18 @@ def run(task: str, seed: int, cfg: Config) -> dict:
 
 def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
+    if "adroit" in cfg.tasks and not cfg.adroit and not cfg.print:
+        sys.exit("--tasks adroit needs --adroit, the folder of the published experts' npz files")
     every = [name for group in METAWORLD.values() for name in group]
     names = [name for word in cfg.tasks for name in {"eight": EIGHT, "all": every, "adroit": []}.get(word, [word])]
     tasks = [f"metaworld-{name}" for name in names] + (["adroit-door", "adroit-pen"] if "adroit" in cfg.tasks else [])
     done = {(row["task"], row["train_seed"]) for row in read_results()}
     for task, seed in [] if cfg.print else [(t, s) for s in cfg.seeds for t in tasks if (t, s) not in done]:
-        line = run(task, seed, cfg)
+        try:
+            line = run(task, seed, cfg)
+        except subprocess.CalledProcessError as error:  # its message stands above; the others go on
+            print(f"{task}, seed {seed}: not run, status {error.returncode}", flush=True)
+            continue
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         stamp = {"task": task, "train_seed": seed, "date": time.strftime("%Y-%m-%d"), "commit": commit}
         RESULTS.parent.mkdir(exist_ok=True)

@@ -357,7 +357,7 @@ def test_one_recorded_row_that_does_not_follow_is_no_reason_to_rebuild(tmp_path,
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"actions": None}, r"is not a whole D4RL file: it has no array actions \(it has .*observations"),
+        ({"actions": None}, r"does not fit hopper.*actions must have shape \(steps, 3\); it has nothing"),
         ({"terminals": None, "timeouts": None}, "it has no array terminals, timeouts"),
         ({"actions": np.zeros((59, 3), np.float32)}, "unequal length: .*actions 59"),
         ({"next_observations": np.zeros((59, 11), np.float32)}, "unequal length: .*next_observations 59"),
@@ -501,3 +501,14 @@ def test_an_hdf5_with_episode_ends(tmp_path):
     arrays, ends = demos.read_hdf5(tmp_path / "a.hdf5", ["actions", "absent"])
     assert list(arrays) == ["actions"]
     assert ends.tolist() == [2, 5]
+
+
+def test_pictures_of_another_size_in_a_later_episode_are_refused_and_leave_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(demos, "DATA", tmp_path)
+    path = write_robomimic(tmp_path / "a.hdf5", [3, 4])
+    with h5py.File(path, "a") as file:
+        del file["data/demo_1/obs/front"]
+        file["data/demo_1/obs/front"] = np.zeros((4, 8, 8, 1), np.uint8)
+    with pytest.raises(ValueError, match=r"front: pictures from row 3 on have shape \(8, 8, 1\)"):
+        demos.read_hdf5(path, ["actions", "front"])
+    assert list((tmp_path / "cache").iterdir()) == []

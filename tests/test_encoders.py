@@ -1,5 +1,7 @@
 """encoders.py: what an encoder must not depend on, its gradient against a plain one, crops, one encoding per observation."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -163,6 +165,8 @@ def test_act_refuses_pictures_that_are_not_uint8_and_another_size():
         network.act({**obs, "front": obs["front"].float()})
     with pytest.raises(ValueError, match=r"front.*\(16, 16, 3\)"):
         network.act({**obs, "front": obs["front"][:, :, :8]})
+    with pytest.raises(ValueError, match="never seen wrist"):
+        network.act({**obs, "wrist": obs["front"]})
     with pytest.raises(ValueError, match="lacks 'points'"):
         network.act({key: value for key, value in obs.items() if key != "points"})
 
@@ -172,6 +176,23 @@ def test_saved_and_loaded_it_acts_the_same(tmp_path):
     network.save(tmp_path / "p.pt")
     z = torch.randn(2, 8, 2)
     assert torch.equal(Policy.load(tmp_path / "p.pt").act(obs, z), network.act(obs, z))
+
+
+def test_clouds_are_measured_from_the_hand():
+    config = PolicyConfig("task", SHAPES, 2, 2, 8, 4, cond_width=16, width=16, cloud_origin="robot")
+    network, obs = Policy(config), observation(2)
+    centered = network.center(obs)
+    torch.testing.assert_close(centered["points"][1, 0, 7], obs["points"][1, 0, 7] - obs["robot"][1, 0, :3])
+    assert torch.equal(centered["robot"], obs["robot"])
+    for wrong in ("front", "points", "absent"):
+        with pytest.raises(ValueError, match=f"cloud_origin is '{wrong}'"):
+            Policy(dataclasses.replace(config, cloud_origin=wrong))
+
+
+@pytest.mark.parametrize("wrong", [{"point_widths": (0, 4)}, {"point_widths": ()}, {"image_crop": 0.01}])
+def test_impossible_sizes_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong)).replace("_", ".")):
+        Policy(dataclasses.replace(policy().config, **wrong))
 
 
 def test_all_parts_are_concatenated():

@@ -100,10 +100,10 @@ def test_latents_matter_and_are_fixed_by_the_seed():
     assert (np.abs(first["score"] - centre[0]) > 1e-3).all()
 
 
-def test_more_episodes_than_environments_run_in_batches(monkeypatch):
-    monkeypatch.setattr(evaluate, "MAX_ENVS", 2)
+def test_more_episodes_than_environments_run_in_batches():
     made = []
-    results = evaluate.rollout(make_policy(), toy_task({seed: 1 + seed % 4 for seed in range(10, 15)}, made), list(range(10, 15)))
+    task = dataclasses.replace(toy_task({seed: 1 + seed % 4 for seed in range(10, 15)}, made), side_by_side=2)
+    results = evaluate.rollout(make_policy(), task, list(range(10, 15)))
     assert [env.seeds for env in made] == [[10, 11], [12, 13], [14]]
     assert results["length"].tolist() == [9, 12, 3, 6, 9]  # in the order of the seeds
 

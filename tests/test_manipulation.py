@@ -84,6 +84,46 @@ def test_demonstrations_with_pictures_are_mapped_not_read(tmp_path, monkeypatch)
         load()
 
 
+def test_embedded_states_are_drawn_one_by_one(tmp_path):
+    manipulation.record_pusht_images(tmp_path / "a.npz", episodes=1)
+    with np.load(tmp_path / "a.npz") as file:
+        pictures, state = file["img"], file["state"]
+    assert len(pictures) == len(state)
+    for row in (0, len(state) // 2, len(state) - 1):
+        x, y = (state[row, :2] * 96 / 512).astype(int)
+        red, _, blue = pictures[row, y, x].astype(int)
+        assert blue > red + 50  # the agent is a blue disc, where the state has it
+    assert len(np.unique(pictures.reshape(len(pictures), -1), axis=0)) > len(pictures) / 2
+
+
+def test_pictures_of_another_type_are_refused():
+    arrays = {"img": np.zeros((3, 96, 96, 3), np.float32), "state": np.zeros((3, 5)), "action": np.zeros((3, 2))}
+    with pytest.raises(ValueError, match="img holds float32; pictures must be uint8"):
+        manipulation.pusht_image_demos(arrays)
+
+
+def test_robomimics_name_of_the_actions_will_do():
+    shapes = {"robot": (2,), "image": (8, 8, 3)}
+    arrays = {"robot": np.zeros((4, 2)), "image": np.zeros((4, 8, 8, 3), np.uint8), "actions": np.ones((4, 3))}
+    obs, actions = manipulation.plain_demos(arrays, shapes, 3)
+    assert set(obs) == set(shapes)
+    assert actions.shape == (4, 3)
+    with pytest.raises(ValueError, match="image holds float64"):
+        manipulation.plain_demos({**arrays, "image": np.zeros((4, 8, 8, 3))}, shapes, 3)
+
+
+def test_a_simulator_that_cannot_begin_is_named_before_the_training():
+    class Broken(manipulation.gymnasium.Env):
+        observation_space = action_space = manipulation.gymnasium.spaces.Box(-1, 1, (2,))
+
+        def reset(self, **_):
+            raise ValueError("the point cloud is empty after cropping")
+
+    task = envs.Task("broken", "score", {"state": (2,)}, 2, lambda n, to: envs.GymVector(Broken, n, to), (), None)
+    with pytest.raises(ValueError, match=r"broken does not run here.*empty after cropping"):
+        task.check(1)
+
+
 # --- Meta-World and Adroit ------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +175,17 @@ def test_the_cloud_shows_the_object_and_the_goal_where_they_are():
 
 
 @needs_metaworld
+@pytest.mark.parametrize("task", ["stick-pull", "sweep", "pick-out-of-hole", "hammer", "disassemble"])
+def test_the_goal_of_every_task_is_in_the_cloud(task):
+    env = manipulation.MetaWorld(task, "points")
+    for seed in (2, 5):
+        obs, _ = env.reset(seed=seed)
+        if env.sim._target_site_config:
+            assert np.linalg.norm(obs["points"] - env.sim._target_pos, axis=-1).min() < 0.06  # metres
+    env.close()
+
+
+@needs_metaworld
 def test_recorded_successes_train_and_shifted_scenes_keep_their_shape(tmp_path, monkeypatch):
     monkeypatch.setattr(demos, "DATA", tmp_path)
     task = envs.get_task("metaworld-reach-points")
@@ -173,5 +224,5 @@ def test_an_experts_arrays_become_a_policy(tmp_path):
     obs = rng.normal(size=3)
     hidden = np.tanh(p["w0"] @ ((obs - p["in_shift"]) / p["in_scale"]) + p["b0"])
     np.testing.assert_allclose(
-        manipulation.expert_policy(tmp_path / "expert.npz")(obs), 3 * (p["w1"] @ hidden + p["b1"]) + 1, rtol=1e-6
+        manipulation.expert_policy(tmp_path / "expert.npz", 3, 2)(obs), 3 * (p["w1"] @ hidden + p["b1"]) + 1, rtol=1e-6
     )
