@@ -479,7 +479,8 @@ def main() -> None:
         return row
 
     def tensors(obs: dict[str, np.ndarray]) -> dict[str, Tensor]:
-        return {key: torch.as_tensor(value, dtype=torch.float32, device=device) for key, value in obs.items()}
+        on_device = {key: torch.as_tensor(value, device=device) for key, value in obs.items()}
+        return {key: x if x.dtype == torch.uint8 else x.float() for key, x in on_device.items()}  # pictures stay bytes
 
     # ---- loop: collect, update, log, evaluate, save -------------------------------------------------------------------
     if first and iteration == 0:

@@ -269,7 +269,7 @@ class MetaWorld(gymnasium.Env):
     """
 
     MAX_STEPS, SIZE, POINTS = 200, 128, 512
-    LOW, HIGH = np.array([-0.6, 0.3, 0.003]), np.array([0.6, 1.05, 0.7])  # the space above the table, metres
+    LOW, HIGH = np.array([-0.6, 0.3, 0.003]), np.array([0.6, 0.95, 0.7])  # above the table, within its rim, metres
     render_mode = "rgb_array"
     observing = True  # see envs.Chunked
 
