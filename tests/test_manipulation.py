@@ -1,13 +1,18 @@
 """manipulation.py: pictures of Push-T, and where their simulators are installed, Meta-World and Adroit."""
 
+import re
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import zarr
+from conftest import ROOT
 
 import demos
 import envs
 import manipulation
+from policy import Policy, PolicyConfig
 
 
 def drawing() -> bool:
@@ -122,6 +127,20 @@ def test_a_simulator_that_cannot_begin_is_named_before_the_training():
     task = envs.Task("broken", "score", {"state": (2,)}, 2, lambda n, to: envs.GymVector(Broken, n, to), (), None)
     with pytest.raises(ValueError, match=r"broken does not run here.*empty after cropping"):
         task.check(1)
+
+
+def test_readmes_row_for_cameras_of_ones_own():
+    block = re.search(r"```python\n(TASKS\[.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    names = {"TASKS": {}, "Task": envs.Task, "partial": partial, "GymVector": envs.GymVector, "my_env": None}
+    exec(block, names)
+    task = names["TASKS"]["my-arm"]
+    policy = Policy(PolicyConfig("my-arm", task.obs_shapes, task.action_dim, cond_width=16, width=16))
+    demonstrations = {
+        key: np.zeros((4, *shape), np.uint8 if len(shape) == 3 else np.float32) for key, shape in task.obs_shapes.items()
+    }
+    obs, action = task.demo_convert({**demonstrations, "action": np.zeros((4, 7), np.float32)})
+    policy.fit_normalizers(obs, action)
+    assert policy.eval().act({key: value[None, :2] for key, value in obs.items()}).shape == (1, 8, 7)
 
 
 # --- Meta-World and Adroit ------------------------------------------------------------------------------------------------
