@@ -52,16 +52,18 @@ def farthest_points(points: np.ndarray, count: int) -> np.ndarray:
     mean, so the result depends on the set alone, not on its order. A cloud of fewer than `count` points gives points twice,
     which the maximum over points (encoders.PointEncoder) does not notice.
     """
-    clouds = np.ascontiguousarray(points.reshape(-1, *points.shape[-2:])[..., :3], np.float32)
-    clouds = clouds - clouds.mean(-2, keepdims=True)
-    square = np.square(clouds).sum(-1)  #                                              (B, N)
+    clouds = points.reshape(-1, *points.shape[-2:])[..., :3]
     chosen = np.empty((len(clouds), count), np.int64)
-    each = np.arange(len(clouds))
-    newest, distance = square.argmax(-1), np.full_like(square, np.inf)
-    for k in range(count):
-        chosen[:, k] = newest
-        at = clouds[each, newest]  #                                                    (B, 3)
-        # |x - a|^2 = |x|^2 - 2 x.a + |a|^2: one product instead of a difference of (B, N, 3) numbers
-        np.minimum(distance, square - 2 * (clouds @ at[..., None])[..., 0] + square[each, newest, None], out=distance)
-        newest = distance.argmax(-1)
+    for cloud, indices in zip(clouds, chosen, strict=True):  # one by one: what is at work then stays in the cache
+        cloud = np.ascontiguousarray(cloud - cloud.mean(0), np.float32)
+        square, turned = np.square(cloud).sum(-1), np.ascontiguousarray(-2 * cloud.T)
+        distance, to_newest = np.full_like(square, np.inf), np.empty_like(square)
+        newest = square.argmax()
+        for k in range(count):
+            indices[k] = newest
+            np.dot(cloud[newest], turned, out=to_newest)  # |x - a|^2 = |x|^2 - 2 x.a + |a|^2, without (N, 3) differences
+            to_newest += square
+            to_newest += square[newest]
+            np.minimum(distance, to_newest, out=distance)
+            newest = distance.argmax()
     return chosen.reshape(*points.shape[:-2], count)
