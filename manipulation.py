@@ -1,4 +1,4 @@
-"""Manipulation tasks as gymnasium environments: Push-T, Meta-World.
+"""Manipulation tasks as gymnasium environments: Push-T, Meta-World, Adroit.
 
 Each is a function or class that builds one gymnasium.Env, and what turns its demonstrations into observations and actions;
 envs.py has the table of tasks and steps these environments by chunks. Info holds `score` and `success`. Simulators other than
