@@ -1,7 +1,7 @@
 """Stage 2, Drift-Based Policy Optimisation: Algorithm 2 of the paper, a one-step policy improved online by PPO.
 
     python dbpo_finetune.py --env hopper-medium-v2 --env-steps 100000     proves the installation
-    python dbpo_finetune.py --env hopper-medium-v2                        seven minutes on two cores, stage 1 included, return 3,200
+    python dbpo_finetune.py --env hopper-medium-v2                        seven minutes on two cores with stage 1, return 3,300
     python dbpo_finetune.py --env hopper-medium-v2 --preset paper         the released settings
     python dbpo_finetune.py --env hopper-medium-v2 --resume               go on where a run was stopped
     torchrun --nproc-per-node 2 dbpo_finetune.py --env hopper-medium-v2   half of the environments in each process
