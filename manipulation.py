@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gymnasium
@@ -26,6 +26,25 @@ from torch import Tensor
 from pointcloud import crop, depth_to_points, farthest_points, intrinsics
 
 Arrays = dict[str, np.ndarray]
+
+
+def observation_space(shapes: dict[str, tuple[int, ...]]) -> gymnasium.spaces.Dict:
+    """Pictures are uint8, everything else float32 without bounds."""
+    box = gymnasium.spaces.Box
+    return gymnasium.spaces.Dict(
+        {
+            key: box(0, 255, shape, np.uint8) if len(shape) == 3 else box(-np.inf, np.inf, shape, np.float32)
+            for key, shape in shapes.items()
+        }
+    )
+
+
+def save_episodes(path: Path, ends: Sequence[int], arrays: Arrays) -> None:
+    """Recorded episodes, an .npz as demos.read_npz reads it; the file appears only when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")  # processes of one training do not meet
+    np.savez_compressed(temporary, episode_ends=ends, **arrays)
+    temporary.replace(path)
 
 
 # --- Push-T -----------------------------------------------------------------------------------------------------------
@@ -179,10 +198,7 @@ def record_pusht_images(path: Path, episodes: int = 200) -> None:
         for body in (table.agent, table.block):  # pymunk draws shapes where the last step or this left them
             table.space.reindex_shapes_for_body(body)
         picture[:] = table._see(row[:2], row[2:])["image"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")  # processes of one training do not meet
-    np.savez_compressed(temporary, img=pictures, state=state, action=action, episode_ends=ends)
-    temporary.replace(path)
+    save_episodes(path, ends, {"img": pictures, "state": state, "action": action})
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------------
@@ -240,6 +256,33 @@ class Eye:
         return points[farthest_points(points, count)].astype(np.float32)
 
 
+class Seen(gymnasium.Env):
+    """What the simulators below share: `sim`, a MuJoCo environment of gymnasium, `view` and `camera` give what the policy sees."""
+
+    MAX_STEPS, SIZE, POINTS = 200, 128, 512
+    render_mode = "rgb_array"
+    observing = True  # see envs.Chunked
+    eye: Eye | None = None  # made when something is drawn first
+
+    def _eye(self) -> Eye:
+        self.eye = self.eye or Eye(self.sim.model, self.camera, self.SIZE, self.SIZE)
+        return self.eye
+
+    def _seen(self, robot: np.ndarray, low: np.ndarray, high: np.ndarray) -> Arrays:
+        """robot: its own sensors; low, high: corners of the workspace, metres."""
+        if self.view == "image":
+            return {"robot": robot, "image": self._eye().picture(self.sim.data)}
+        return {"robot": robot, "points": self._eye().points(self.sim.data, low, high, self.POINTS)}
+
+    def render(self) -> np.ndarray:
+        return self._eye().picture(self.sim.data)
+
+    def close(self) -> None:
+        if self.eye:
+            self.eye.close()
+        self.sim.close()
+
+
 # --- Meta-World ---------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +303,7 @@ METAWORLD = {
 }
 
 
-class MetaWorld(gymnasium.Env):
+class MetaWorld(Seen):
     """One task of Meta-World v3: a Sawyer arm, actions are the hand's displacement (3) and the gripper's force (1), in [-1, 1].
 
     The goal is random and visible: as numbers in `state`, as the drawn marker in pictures and clouds. The camera stands where
@@ -268,16 +311,14 @@ class MetaWorld(gymnasium.Env):
     Score and reward: 1 at success, which ends an episode; time limit 200 steps, as in DP3. An episode is a function of its seed.
     """
 
-    MAX_STEPS, SIZE, POINTS = 200, 128, 512
     LOW, HIGH = np.array([-0.6, 0.3, 0.003]), np.array([0.6, 0.95, 0.7])  # above the table, within its rim, metres
-    render_mode = "rgb_array"
-    observing = True  # see envs.Chunked
+    camera = "corner2"
 
     def __init__(self, task: str, view: str):
         """task: name without "-v3"; view: "state", "image" or "points"."""
         sims, self.expert = metaworld_tasks()
         self.expert = self.expert[f"{task}-v3"]
-        self.sim, self.view, self.eye = sims[f"{task}-v3"](), view, None
+        self.sim, self.view = sims[f"{task}-v3"](), view
         self.sim._freeze_rand_vec, self.sim.seeded_rand_vec, self.sim._set_task_called = False, True, True
         self.sim._partially_observable = False  # the goal is part of the observation
         self.sim.__dict__.pop("sawyer_observation_space", None)  # cached with the goal left out
@@ -306,26 +347,9 @@ class MetaWorld(gymnasium.Env):
             return {"state": np.concatenate([self.full[:18], self.full[36:]]).astype(np.float32)}
         bodies = [self.sim.data.body(name).xpos for name in ("hand", "rightclaw", "leftclaw")]
         robot = np.concatenate(bodies).astype(np.float32)
-        for (
-            name,
-            position,
-        ) in self.sim._target_site_config:  # the markers; the simulation puts them back to where the model has them
+        for name, position in self.sim._target_site_config:  # the markers: a step puts them back to where the model has them
             self.sim.data.site(name).xpos[:] = self.sim._target_pos if name == "goal" else position
-        if self.view == "image":
-            return {"robot": robot, "image": self._eye().picture(self.sim.data)}
-        return {"robot": robot, "points": self._eye().points(self.sim.data, self.LOW, self.HIGH, self.POINTS)}
-
-    def _eye(self) -> Eye:
-        self.eye = self.eye or Eye(self.sim.model, "corner2", self.SIZE, self.SIZE)
-        return self.eye
-
-    def render(self) -> np.ndarray:
-        return self._eye().picture(self.sim.data)
-
-    def close(self) -> None:
-        if self.eye:
-            self.eye.close()
-        self.sim.close()
+        return self._seen(robot, self.LOW, self.HIGH)
 
 
 def metaworld_tasks() -> tuple[dict, dict]:
@@ -376,27 +400,13 @@ def record_expert(path: Path, env: gymnasium.Env, act: Callable[[np.ndarray], np
             ends.append(len(rows))
         seed += 1
     env.close()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")  # processes of one training do not meet
-    np.savez_compressed(temporary, episode_ends=ends, **{key: np.stack([row[key] for row in rows]) for key in rows[0]})
-    temporary.replace(path)
+    save_episodes(path, ends, {key: np.stack([row[key] for row in rows]) for key in rows[0]})
 
 
 def record_metaworld(path: Path, task: str, view: str) -> None:
     """Ten successes of Meta-World's own scripted expert."""
     env = MetaWorld(task, view)
     record_expert(path, env, env.expert().get_action)
-
-
-def observation_space(shapes: dict[str, tuple[int, ...]]) -> gymnasium.spaces.Dict:
-    """Pictures are uint8, everything else float32 without bounds."""
-    box = gymnasium.spaces.Box
-    return gymnasium.spaces.Dict(
-        {
-            key: box(0, 255, shape, np.uint8) if len(shape) == 3 else box(-np.inf, np.inf, shape, np.float32)
-            for key, shape in shapes.items()
-        }
-    )
 
 
 def plain_demos(arrays: Arrays, shapes: dict[str, tuple[int, ...]], action_dim: int) -> tuple[Arrays, np.ndarray]:
@@ -436,15 +446,11 @@ ADROIT = {
 }
 
 
-class Adroit(gymnasium.Env):
+class Adroit(Seen):
     """One task of the Adroit hand. Actions: positions of the joints, normalised to [-1, 1] (gymnasium-robotics).
 
     Score and reward: 1 at success, which ends an episode: the goal reached in 25 steps (pen 20). Time limit 200 steps.
     """
-
-    MAX_STEPS, SIZE, POINTS = 200, 128, 512
-    render_mode = "rgb_array"
-    observing = True  # see envs.Chunked
 
     def __init__(self, task: str, view: str):
         """task: hammer, door, pen or relocate; view: "state", "image" or "points"."""
@@ -458,7 +464,7 @@ class Adroit(gymnasium.Env):
                 self.sim = gymnasium.make(f"AdroitHand{task.capitalize()}-v1").unwrapped
         except ImportError as error:
             raise ImportError(f"Adroit needs gymnasium-robotics: pip install -r requirements-simulators.txt ({error})") from error
-        self.hand, self.view, self.eye = ADROIT[task], view, None
+        self.hand, self.view, self.camera = ADROIT[task], view, ADROIT[task].camera
         self.action_space = gymnasium.spaces.Box(-1, 1, (self.hand.actions,), np.float32)
         self.observation_space = observation_space(adroit_shapes(task, view))
 
@@ -478,22 +484,7 @@ class Adroit(gymnasium.Env):
     def _observe(self) -> Arrays:
         if self.view == "state":
             return {"state": self.full.astype(np.float32)}
-        robot = self.full[: self.hand.robot].astype(np.float32)
-        if self.view == "image":
-            return {"robot": robot, "image": self._eye().picture(self.sim.data)}
-        return {"robot": robot, "points": self._eye().points(self.sim.data, self.hand.low, self.hand.high, self.POINTS)}
-
-    def _eye(self) -> Eye:
-        self.eye = self.eye or Eye(self.sim.model, self.hand.camera, self.SIZE, self.SIZE)
-        return self.eye
-
-    def render(self) -> np.ndarray:
-        return self._eye().picture(self.sim.data)
-
-    def close(self) -> None:
-        if self.eye:
-            self.eye.close()
-        self.sim.close()
+        return self._seen(self.full[: self.hand.robot].astype(np.float32), self.hand.low, self.hand.high)
 
 
 def adroit_shapes(task: str, view: str) -> dict[str, tuple[int, ...]]:

@@ -46,8 +46,7 @@ class Config:
     clip: float = 0.2  # of the ratio
     target_kl: float = 0.02  # an iteration's updates of the actor stop above this
     sigma: float = 0.5  # noise at the start, before tanh
-    sigma_min: float = 0.05  # smallest noise at the start, linear to 0.05 at the end
-    control_cost: float = 1.0  # at the start, in units of the environment's, linear to 1; Ant otherwise learns to stand still
+    sigma_min: float = 0.05  # smallest noise
     width: int = 128  # of the two hidden layers
     every: int = 100_000  # steps between snapshots
     episodes: int = 20  # full-length episodes that measure a snapshot
@@ -69,7 +68,7 @@ class Actor(nn.Module):
                 nn.Linear(cfg.width, action_dim),
             ]
         )
-        self.bounds = math.log(cfg.sigma_min), 0.5  # of log sigma
+        self.bounds = math.log(cfg.sigma_min), 0.5
         nn.init.orthogonal_(self.layers[2].weight, 0.01)
         nn.init.zeros_(self.layers[2].bias)
         nn.init.zeros_(self.layers[3].weight)
@@ -96,9 +95,7 @@ def main() -> None:
     torch.manual_seed(cfg.seed)
     obs_dim, action_dim = envs.OBS_DIMS[cfg.body]
     T, N = cfg.horizon, cfg.num_envs
-    env = envs.Locomotion(N, 1, cfg.body, cfg.threads)
-    control_cost = env.gym._ctrl_cost_weight
-    episodes = envs.Episodes(env, 5_000_000 + 100_000 * cfg.seed, 1)
+    episodes = envs.Episodes(envs.Locomotion(N, 1, cfg.body, cfg.threads), 5_000_000 + 100_000 * cfg.seed, 1)
     actor, critic, scale = Actor(obs_dim, action_dim, cfg), Critic(obs_dim), ppo.RewardScale(N, cfg.gamma)
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=cfg.lr, eps=1e-5, fused=True)
     mean, variance, count = np.zeros(obs_dim), np.ones(obs_dim), 1.0  # of the observations so far
@@ -110,11 +107,8 @@ def main() -> None:
 
     iterations = cfg.steps // (T * N)
     for iteration in range(iterations):
-        progress = iteration / iterations
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * (1 - 0.9 * progress)
-        env.gym._ctrl_cost_weight = control_cost * (cfg.control_cost + (1 - cfg.control_cost) * progress)
-        actor.bounds = math.log(cfg.sigma_min + (0.05 - cfg.sigma_min) * progress), 0.5
+            group["lr"] = cfg.lr * (1 - 0.9 * iteration / iterations)
         steps = []
         for _ in range(T):
             obs = episodes.obs["state"][:, 0].astype(np.float64)
