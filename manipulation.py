@@ -257,7 +257,7 @@ class Eye:
 
 
 class Seen(gymnasium.Env):
-    """What the simulators below share: `sim`, a MuJoCo environment of gymnasium, `view` and `camera` give what the policy sees."""
+    """What the simulators below share: `view` and `camera` choose what the policy sees of `sim`, a MuJoCo environment."""
 
     MAX_STEPS, SIZE, POINTS = 200, 128, 512
     render_mode = "rgb_array"

@@ -13,13 +13,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import record
 import tyro
 
 ROOT = Path(__file__).parent.parent
@@ -45,10 +44,6 @@ class Config:
     only: str = ""  # run one group only; empty: all
     seeds: tuple[int, ...] = (0, 1, 2)  # training seeds
     print: bool = False  # print the table and draw the picture of what there is, run nothing
-
-
-def read_results() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
 
 
 def run(script: str, out: Path, flags: list[str]) -> dict:
@@ -119,8 +114,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
-    RESULTS.parent.mkdir(exist_ok=True)
-    done = {(row["group"], row["train_seed"]) for row in read_results()}
+    done = {(row["group"], row["train_seed"]) for row in record.read(RESULTS)}
     jobs = [(g, s) for g in GROUPS for s in cfg.seeds if (g, s) not in done and cfg.only in ("", g)]
     for group, seed in [] if cfg.print else jobs:
         task, source, flags = GROUPS[group]
@@ -129,20 +123,12 @@ def main() -> None:
         before = run("dbp_train.py", stage1, ["--env", task, "--demos", demos, "--seed", str(seed)])
         out = RUNS / f"dbpo-{group}-{seed}"
         line = run("dbpo_finetune.py", out, ["--env", task, "--ckpt", str(stage1 / "dbp.pt"), "--seed", str(seed), *flags])
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        stamp = {"group": group, "train_seed": seed, "date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": machine()}
         extra = {"stage1": before["score"], "stage1_success": before["success_rate"], "curve": curve(out)}
-        with open(RESULTS, "a") as file:
-            file.write(json.dumps({**stamp, **line, **extra}) + "\n")
-    rows = read_results()
+        record.append(RESULTS, {"group": group, "train_seed": seed}, {**line, **extra})
+    rows = record.read(RESULTS)
     print(table(rows))
     if rows:
         draw(rows, ROOT / "benchmark" / "pictures" / "dbpo.png")
-
-
-def machine() -> str:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 if __name__ == "__main__":

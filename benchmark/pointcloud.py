@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import record
 import tyro
 
 ROOT = Path(__file__).parent.parent
@@ -41,10 +40,6 @@ class Config:
     adroit: str = ""  # folder of the published experts' npz files
     device: str = "auto"
     print: bool = False  # print the table of what there is, run nothing
-
-
-def read_results() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
 
 
 def table(rows: list[dict]) -> str:
@@ -83,24 +78,15 @@ def main() -> None:
     every = [name for group in METAWORLD.values() for name in group]
     names = [name for word in cfg.tasks for name in {"eight": EIGHT, "all": every, "adroit": []}.get(word, [word])]
     tasks = [f"metaworld-{name}" for name in names] + (["adroit-door", "adroit-pen"] if "adroit" in cfg.tasks else [])
-    done = {(row["task"], row["train_seed"]) for row in read_results()}
+    done = {(row["task"], row["train_seed"]) for row in record.read(RESULTS)}
     for task, seed in [] if cfg.print else [(t, s) for s in cfg.seeds for t in tasks if (t, s) not in done]:
         try:
             line = run(task, seed, cfg)
         except subprocess.CalledProcessError as error:  # its message stands above; the others go on
             print(f"{task}, seed {seed}: not run, status {error.returncode}", flush=True)
             continue
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        stamp = {"task": task, "train_seed": seed, "date": time.strftime("%Y-%m-%d"), "commit": commit}
-        RESULTS.parent.mkdir(exist_ok=True)
-        with open(RESULTS, "a") as file:
-            file.write(json.dumps({**stamp, "machine": machine(), **line}) + "\n")
-    print(table(read_results()))
-
-
-def machine() -> str:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
+        record.append(RESULTS, {"task": task, "train_seed": seed}, line)
+    print(table(record.read(RESULTS)))
 
 
 if __name__ == "__main__":

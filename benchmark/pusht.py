@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import record
 import tyro
 
 ROOT = Path(__file__).parent.parent
@@ -35,10 +34,6 @@ class Config:
     only: str = ""  # run one group only; empty: all
     seeds: tuple[int, ...] = (0, 1, 2)  # training seeds
     print: bool = False  # print the table of what there is, run nothing
-
-
-def read_results() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
 
 
 def table(rows: list[dict]) -> str:
@@ -67,8 +62,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
-    RESULTS.parent.mkdir(exist_ok=True)
-    done = {(row["group"], row["train_seed"]) for row in read_results()}
+    done = {(row["group"], row["train_seed"]) for row in record.read(RESULTS)}
     jobs = [(g, s) for g in GROUPS for s in cfg.seeds if (g, s) not in done and cfg.only in ("", g)]
     for group, seed in [] if cfg.print else jobs:
         flags = [cfg.human if flag == "HUMAN" else flag for flag in GROUPS[group]]
@@ -78,16 +72,8 @@ def main() -> None:
         print(" ".join(command), flush=True)
         subprocess.run(command, cwd=ROOT, check=True)
         line = json.loads((out / "result.json").read_text().splitlines()[-1])
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        stamp = {"group": group, "train_seed": seed, "date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": machine()}
-        with open(RESULTS, "a") as file:
-            file.write(json.dumps({**stamp, **line}) + "\n")
-    print(table(read_results()))
-
-
-def machine() -> str:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
+        record.append(RESULTS, {"group": group, "train_seed": seed}, line)
+    print(table(record.read(RESULTS)))
 
 
 if __name__ == "__main__":
