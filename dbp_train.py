@@ -58,7 +58,7 @@ class Config:
     """Defaults are the preset `fast`; the other presets change what PRESETS lists."""
 
     env: str = "pusht"  # task, a row of envs.TASKS
-    demos: str = "embedded"  # embedded, official, or a path (.zarr, .zip, .npz)
+    demos: str = "embedded"  # embedded, official, scripted:N (episodes), minari:ID or a path (.zarr, .zip, .npz, .hdf5)
     preset: Literal["fast", "best", "paper"] = "fast"  # fast: three minutes; best: nine; paper: Tables VII and VIII
     out: str = ""  # run folder; empty: runs/<env>
     ckpt: str = ""  # start from the weights and normaliser of this checkpoint; empty: from scratch
@@ -268,6 +268,7 @@ def main() -> None:
     with plain_errors():
         mirror = task.demo_mirror if cfg.mirror else None
         made = {"record": task.demo_record, "origin": task.demo_origin, "record_expert": task.demo_expert}
+        made["scripted"] = task.demo_scripted
         data = demos.load(cfg.demos, cfg.env, task.demo_arrays, task.demo_convert, mirror, **made)
         task.check(cfg.obs_steps)  # a missing simulator shows now, not after the training
 

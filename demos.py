@@ -48,6 +48,7 @@ class Source:
     embedded: str  # file in data/: part of the project, or recorded there on first use
     official_url: str
     official_steps: int
+    official_file: str = ""  # its name here; empty: the last part of the url
     official_episodes: int | None = None  # None: not checked
     tolerance: int = 0  # by so many steps the archive may differ: an unfinished episode at its end is left out
 
@@ -78,6 +79,16 @@ for _name, _steps in D4RL_STEPS.items():
         official_url=D4RL_URL.format(f"{_body}_{_level.replace('-', '_')}"),
         official_steps=_steps,
         tolerance=2_000,
+    )
+ROBOMIMIC_URL = "https://huggingface.co/datasets/amandlek/robomimic/resolve/main/v1.5/{}/ph/low_dim_v15.hdf5"
+ROBOMIMIC_STEPS = {"lift": 9_666, "can": 23_207, "square": 30_154, "transport": 93_752, "tool-hang": 95_962}
+for _name, _steps in ROBOMIMIC_STEPS.items():  # proficient human
+    SOURCES[_name] = Source(
+        embedded=f"recorded/{_name}.npz",
+        official_url=ROBOMIMIC_URL.format(_name.replace("-", "_")),
+        official_file=f"{_name}-ph-low_dim_v15.hdf5",
+        official_episodes=200,
+        official_steps=_steps,
     )
 
 
@@ -251,6 +262,8 @@ def read_robomimic(path: Path, group, names: Sequence[str]) -> tuple[Arrays, np.
         parts = (find(episode, name)[:] for episode in episodes)
         shape = (int(ends[-1]), *find(episodes[0], name).shape[1:])
         arrays[name] = spool(path, name, shape, parts) if len(shape) == 4 else np.concatenate(list(parts))
+    if "env_args" in names and "env_args" in group.attrs:  # the recording's environment, JSON
+        arrays["env_args"] = np.array(group.attrs["env_args"])
     return arrays, ends
 
 
@@ -349,24 +362,35 @@ def load(
     record: Callable[[Path], None] | None = None,
     origin: str = "",
     record_expert: Callable[[Path, Path], None] | None = None,
+    scripted: bool = False,
 ) -> Demos:
     """Load the demonstrations of a task.
 
-    Args: source: "embedded", "official" or a path; task: a key of SOURCES for the first two; names: arrays to read;
+    Args: source: "embedded", "official", "scripted", "scripted:N" or a path; names: arrays to read;
+        task: a key of SOURCES for the first two, unless record makes the embedded ones; scripted: record takes episodes=N;
         record: makes the embedded file where it is recorded on first use; origin: who acted there, for the run's first line;
         record_expert: the same with an expert policy, an .npz of weights w0, b0, ... that `source` names;
         convert: arrays -> (obs, actions), raising ValueError where they do not fit the task; mirror: arrays -> the same
         episodes in a symmetry of the task, which are then added to them.
     """
+    count = ""
+    if source.split(":")[0] == "scripted":
+        count = source.partition(":")[2]
+        if not scripted:
+            raise ValueError(f"{task} has no scripted expert; give --demos PATH")
+        if source != "scripted" and (not count.isdecimal() or int(count) < 1):
+            raise ValueError(f"--demos {source}: scripted:N takes a number of episodes, as in scripted:200")
+        source = "scripted"
     if (source == "official" and task not in SOURCES) or (source == "embedded" and task not in SOURCES and record is None):
         raise ValueError(f"{task} has no {source} demonstrations; give --demos PATH")
-    if source == "embedded":
+    if source in ("embedded", "scripted"):
         path = DATA / (SOURCES[task].embedded if task in SOURCES else f"recorded/{task}.npz")
+        path = path.with_stem(f"{task}-{count}") if count else path
         if record is not None and not path.exists():
             print(f"recording demonstrations -> {path}", flush=True)
-            record(path)
+            record(path, episodes=int(count)) if count else record(path)
     elif source == "official":
-        path = DATA / "official" / SOURCES[task].official_url.rsplit("/", 1)[-1]
+        path = DATA / "official" / (SOURCES[task].official_file or SOURCES[task].official_url.rsplit("/", 1)[-1])
         if not path.is_file():
             download(SOURCES[task].official_url, path)
     else:
@@ -380,7 +404,8 @@ def load(
     if source.startswith("minari:"):
         arrays, ends = read_minari(source.removeprefix("minari:"), names)
     elif not path.exists():
-        raise FileNotFoundError(f"no demonstrations at {path}; --demos takes embedded, official, minari:ID or an existing path")
+        takes = "embedded, official, scripted:N, minari:ID or an existing path"
+        raise FileNotFoundError(f"no demonstrations at {path}; --demos takes {takes}")
     elif path.suffix not in READERS:
         raise ValueError(f"{path}: unknown format {path.suffix!r}; readable are {', '.join(READERS)}")
     else:
@@ -397,8 +422,8 @@ def load(
         obs, actions = convert(arrays)
     except ValueError as error:
         raise ValueError(f"{path} does not fit {task}: {error}") from error
-    origin = f"{origin}: " if source == "embedded" and origin else ""
-    label = f"{source} demonstrations ({origin}{path.name})" if source in ("embedded", "official") else str(path)
+    origin = f"{origin}: " if source in ("embedded", "scripted") and origin else ""
+    label = f"{source} demonstrations ({origin}{path.name})" if source in ("embedded", "official", "scripted") else str(path)
     if mirror is not None:
         mirrored_obs, mirrored_actions = convert(mirror(arrays))
         obs = {key: np.concatenate([value, mirrored_obs[key]]) for key, value in obs.items()}

@@ -37,6 +37,8 @@ import numpy as np
 import torch
 
 import manipulation
+import robomimic_tasks
+import scripted
 
 Arrays = dict[str, np.ndarray]
 
@@ -55,6 +57,7 @@ class Task:
     demo_mirror: Callable[[Arrays], Arrays] | None = None  # those arrays -> the same episodes in the task's mirror, if it has one
     demo_record: Callable[[Path], None] | None = None  # makes the embedded demonstrations on first use, where they are recorded
     demo_origin: str = ""  # ... and who acts there
+    demo_scripted: bool = False  # ... it is a scripted expert, and demo_record takes episodes=N
     demo_expert: Callable[[Path, Path], None] | None = None  # (file to make, policy) the same with an expert policy that is given
     shift: Callable[[dict, torch.Tensor], dict] | None = None  # the observation of a scene that stands elsewhere
     make_training: Callable[[int, int], object] | None = None  # the same for dbpo_finetune.py, where another is faster
@@ -639,6 +642,24 @@ def metaworld_task(task: str, view: str) -> Task:
     )
 
 
+def robomimic_task(task: str, absolute: bool, view: str) -> Task:
+    make = partial(robomimic_tasks.Robosuite, task, absolute, view)
+    return Task(
+        name=task + ("-abs" if absolute else "") + ("-image" if view == "image" else ""),
+        score="success",
+        obs_shapes=robomimic_tasks.shapes(task, view),
+        action_dim=(10 if absolute else 7) * robomimic_tasks.SCENES[task].arms,
+        make=partial(GymVector, make, processes=True),
+        side_by_side=10,  # each of them builds its scene in two seconds
+        demo_arrays=(*robomimic_tasks.shapes(task, view), "actions", "env_args"),
+        demo_convert=partial(robomimic_tasks.robomimic_demos, task=task, absolute=absolute, view=view),
+        demo_record=partial(scripted.record, task=task, absolute=absolute, view=view) if task in scripted.EXPERTS else None,
+        demo_origin="our own scripted expert, not robomimic's humans",
+        demo_scripted=task in scripted.EXPERTS,
+        train={"steps": 4_000, "eval_every": 2_000, "eval_episodes": 20, "report_episodes": 50},
+    )
+
+
 TASKS = {
     "pusht": Task(
         name="pusht",
@@ -687,6 +708,13 @@ TASKS["pusht-image"] = Task(
 TASKS |= {task.name: task for body in BODIES for level in ("medium", "medium-expert") for task in [locomotion_task(body, level)]}
 TASKS |= {
     task.name: task for name in manipulation.ADROIT for view in ("state", "image", "points") for task in [adroit_task(name, view)]
+}
+TASKS |= {
+    task.name: task
+    for name in robomimic_tasks.SCENES
+    for absolute in (False, True)
+    for view in ("state", "image")
+    for task in [robomimic_task(name, absolute, view)]
 }
 TASKS |= {
     task.name: task

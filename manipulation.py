@@ -224,7 +224,8 @@ def aim(camera, at: tuple[float, float, float], place: tuple[float, float, float
 class Eye:
     """One camera of a MuJoCo model: pictures and point clouds. OSError where nothing can be drawn; close it."""
 
-    def __init__(self, model, camera: str, width: int, height: int):
+    def __init__(self, model, camera: str, width: int, height: int, hidden_group: int | None = None):
+        """hidden_group: of shapes that shall not be drawn, where a model keeps those for collisions apart."""
         import mujoco
 
         model.vis.quality.shadowsize, model.vis.quality.offsamples = 0, 0  # without a graphics card nearly the whole cost
@@ -236,19 +237,21 @@ class Eye:
                 f"MuJoCo cannot draw here ({type(error).__name__}). Without a display: apt-get install libegl1 libgl1-mesa-dri "
                 "libopengl0, and set MUJOCO_GL=egl"
             ) from error
-        self.name, self.close = camera, self.renderer.close
+        self.name, self.close, self.option = camera, self.renderer.close, mujoco.MjvOption()
+        if hidden_group is not None:
+            self.option.geomgroup[hidden_group] = 0
         self.camera = intrinsics(model.camera(camera).fovy[0], width, height)
 
     def picture(self, data) -> np.ndarray:
         """(H, W, 3) uint8"""
         self.renderer.disable_depth_rendering()
-        self.renderer.update_scene(data, camera=self.name)
+        self.renderer.update_scene(data, self.name, self.option)
         return self.renderer.render().copy()
 
     def points(self, data, low: np.ndarray, high: np.ndarray, count: int) -> np.ndarray:
         """(count, 3) float32, metres in the world's frame, of what lies in the box."""
         self.renderer.enable_depth_rendering()
-        self.renderer.update_scene(data, camera=self.name)
+        self.renderer.update_scene(data, self.name, self.option)
         pose = np.eye(4)  # camera -> world
         pose[:3, :3], pose[:3, 3] = data.camera(self.name).xmat.reshape(3, 3) * [1, -1, -1], data.camera(self.name).xpos
         points = depth_to_points(self.renderer.render(), self.camera, pose)

@@ -1,0 +1,72 @@
+"""RoboMimic's table of README: policies trained on demonstrations of our own scripted experts, 50 unseen starts each.
+
+    python benchmark/robomimic.py                        lift, can, square, transport; half an hour each on two cores
+    python benchmark/robomimic.py --tasks lift-image     one task
+    python benchmark/robomimic.py --print                the table of what there is
+
+Every row is one `dbp_train.py --env <task> --demos scripted` command; its final score is over starts that no choice has seen
+(seeds 100,000 on). The expert's own success is that of the attempts in which its demonstrations were recorded. Lines go to
+benchmark/results/robomimic.jsonl; a line that is there is not run again, a run that was cut is resumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import record
+import tyro
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark" / "results" / "robomimic.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    tasks: tuple[str, ...] = ("lift", "can", "square", "transport")
+    seeds: tuple[int, ...] = (0,)  # training seeds
+    print: bool = False  # print the table of what there is, run nothing
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| task | demonstrations | expert's success | seed | DBP, 50 episodes | 95 % interval | time per call | wall time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["task"], row["train_seed"])):
+        low, high = row["score_ci95"]
+        lines.append(
+            f"| {row['task']} | {row['demos']} | {row['demos']} of {row['attempts']} | {row['train_seed']} | {row['score']:.2f} "
+            f"{low:.2f} to {min(high, 1):.2f} | {row['latency_ms_p50']:.1f} ms | {row['wall_s'] / 60:.0f} min |"
+        )
+    return "\n".join(lines)
+
+
+def run(task: str, seed: int) -> dict:
+    """The result line of one training; a finished one is not run again, a cut one is resumed."""
+    out = ROOT / "runs" / "benchmark" / f"{task}-{seed}"
+    if not (out / "result.json").is_file():
+        resume = ["--resume"] if (out / "state.pt").is_file() else []
+        flags = ["--env", task, "--out", str(out), "--demos", "scripted", "--seed", str(seed), *resume]
+        print("dbp_train.py", *flags, flush=True)
+        subprocess.run([sys.executable, "dbp_train.py", *flags], cwd=ROOT, check=True)
+    return json.loads((out / "result.json").read_text().splitlines()[-1])
+
+
+def main() -> None:
+    cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
+    done = {(row["task"], row["train_seed"]) for row in record.read(RESULTS)}
+    for task, seed in [] if cfg.print else [(t, s) for s in cfg.seeds for t in cfg.tasks if (t, s) not in done]:
+        line = run(task, seed)
+        with np.load(ROOT / "data" / "recorded" / f"{task}.npz", allow_pickle=False) as file:
+            extra = {"demos": len(file["episode_ends"]), "attempts": int(file["attempts"])}
+        record.append(RESULTS, {"task": task, "train_seed": seed}, {**line, **extra})
+    print(table(record.read(RESULTS)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""RoboMimic's five tasks on robosuite, their demonstrations, and scripted experts of our own.
+
+Lift, Can, Square and Tool-Hang have one Panda arm, Transport two. Observations carry robomimic's names, so its files are read as
+they are; pictures are upright, as robomimic stores them.
+
+    observation key            shape         meaning
+    robot0_eef_pos             (3,)          hand, metres, world frame (Transport has robot1_* too)
+    robot0_eef_quat            (4,)          its orientation, x y z w
+    robot0_gripper_qpos        (2,)          fingers, metres
+    object                     (features,)   the objects' poses, world frame and from the hand; not with pictures
+    <camera>_image             (H, W, 3)     RGB, uint8; only with pictures
+
+    action, per arm            shape         meaning
+    delta (robomimic's)        (7,)          displacement / 0.05 m, rotation vector / 0.5 rad, world frame; gripper -1 open 1 shut
+    absolute (-abs)            (10,)         position in metres, rotation as 6-D (two columns of the matrix), gripper. The file's
+                                             rotation vectors jump at pi, where these hands are; the 6-D form does not
+
+robosuite is imported when it is first used; ImportError says what to install.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import warnings
+
+import gymnasium
+import numpy as np
+
+from manipulation import Arrays, Eye, draw_without_display, observation_space, plain_demos
+
+VERSION = "1.5.1"  # of robosuite; 1.4 has other controllers, 1.5.2 wants another mujoco
+STEP, TURN = 0.05, 0.5  # a delta action of 1: metres, rad
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One task: robosuite's name and robomimic's settings for it."""
+
+    env: str
+    features: int  # of `object`
+    max_steps: int
+    cameras: tuple[str, ...]
+    arms: int = 1
+    pixels: int = 84
+
+
+SCENES = {
+    "lift": Scene("Lift", 10, 400, ("agentview", "robot0_eye_in_hand")),
+    "can": Scene("PickPlaceCan", 14, 400, ("agentview", "robot0_eye_in_hand")),
+    "square": Scene("NutAssemblySquare", 14, 400, ("agentview", "robot0_eye_in_hand")),
+    "transport": Scene(
+        "TwoArmTransport", 41, 700, ("shouldercamera0", "shouldercamera1", "robot0_eye_in_hand", "robot1_eye_in_hand"), 2
+    ),
+    "tool-hang": Scene("ToolHang", 44, 700, ("sideview", "robot0_eye_in_hand"), pixels=240),
+}
+
+
+def shapes(task: str, view: str) -> dict[str, tuple[int, ...]]:
+    scene = SCENES[task]
+    found = {
+        f"robot{i}_{name}": (n,) for i in range(scene.arms) for name, n in (("eef_pos", 3), ("eef_quat", 4), ("gripper_qpos", 2))
+    }
+    if view == "image":
+        return found | {f"{camera}_image": (scene.pixels, scene.pixels, 3) for camera in scene.cameras}
+    return found | {"object": (scene.features,)}
+
+
+# --- rotations ------------------------------------------------------------------------------------------------------------
+
+
+def matrix(vector: np.ndarray) -> np.ndarray:
+    """Rotation vectors (..., 3), rad -> matrices (..., 3, 3), Rodrigues' formula."""
+    angle = np.linalg.norm(vector, axis=-1)[..., None, None]
+    x, y, z = np.moveaxis(vector / np.maximum(angle[..., 0], 1e-12), -1, 0)
+    o = np.zeros_like(x)
+    K = np.stack([o, -z, y, z, o, -x, -y, x, o], -1).reshape(*x.shape, 3, 3)
+    return np.eye(3) + np.sin(angle) * K + (1 - np.cos(angle)) * K @ K
+
+
+def vector(R: np.ndarray) -> np.ndarray:
+    """One matrix (3, 3) -> its rotation vector (3,), rad."""
+    cos = np.clip((np.trace(R) - 1) / 2, -1, 1)
+    axis = np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]])
+    if cos > -0.9:
+        return axis / 2 if cos > 1 - 1e-12 else axis * np.arccos(cos) / np.linalg.norm(axis)
+    square = (R + R.T) / 2 - cos * np.eye(3)  # near half a turn that difference vanishes, and this, axis times axis, does not
+    column = square[:, np.argmax(np.diag(square))]
+    return (-1.0 if column @ axis < 0 else 1.0) * column / np.linalg.norm(column) * np.arccos(cos)
+
+
+def six(R: np.ndarray) -> np.ndarray:
+    """(..., 3, 3) -> its first two columns, (..., 6); Zhou et al. 2019."""
+    return np.concatenate([R[..., 0], R[..., 1]], -1)
+
+
+def from_six(x: np.ndarray) -> np.ndarray:
+    """(6,), however scaled -> (3, 3), by Gram-Schmidt."""
+    a = x[:3] / max(np.linalg.norm(x[:3]), 1e-9)
+    b = x[3:] - a * (a @ x[3:])
+    b /= max(np.linalg.norm(b), 1e-9)
+    return np.stack([a, b, np.cross(a, b)], -1)
+
+
+def quaternion_matrix(q: np.ndarray) -> np.ndarray:
+    """x y z w -> (3, 3)"""
+    x, y, z, w = q / np.linalg.norm(q)
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def to_network(actions: np.ndarray, arms: int) -> np.ndarray:
+    """Absolute actions of a file (N, 7 arms), rotation vectors -> (N, 10 arms), 6-D."""
+    a = actions.reshape(len(actions), arms, 7)
+    return np.concatenate([a[..., :3], six(matrix(a[..., 3:6])), a[..., 6:]], -1).reshape(len(actions), -1)
+
+
+def to_controller(action: np.ndarray, arms: int) -> np.ndarray:
+    """One absolute action (10 arms,) -> what robosuite's controllers take, (7 arms,)."""
+    return np.concatenate([np.concatenate([a[:3], vector(from_six(a[3:9])), a[9:]]) for a in action.reshape(arms, 10)])
+
+
+# --- the environment --------------------------------------------------------------------------------------------------------
+
+
+def import_robosuite():
+    draw_without_display()
+    logging.disable(logging.WARNING)  # of a macro file and of robots that are not there
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import robosuite
+    except ImportError as error:
+        raise ImportError(f"RoboMimic's tasks need robosuite: pip install robosuite=={VERSION} ({error})") from error
+    finally:
+        logging.disable(logging.NOTSET)
+    if robosuite.__version__.rsplit(".", 1)[0] != VERSION.rsplit(".", 1)[0]:
+        raise ImportError(
+            f"robosuite {robosuite.__version__} has other controllers and other scenes than RoboMimic's tasks here; "
+            f"pip install robosuite=={VERSION}"
+        )
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # a warning per part of a humanoid that a Panda has not
+    return robosuite
+
+
+class Robosuite(gymnasium.Env):
+    """One task of RoboMimic. Reward and score: 1 at success, which ends an episode; 20 steps per second.
+
+    An episode is a function of its seed: starts are robosuite's own distributions.
+    """
+
+    render_mode = "rgb_array"
+    observing = True  # see envs.Chunked
+
+    def __init__(self, task: str, absolute: bool, view: str):
+        """task: a key of SCENES; absolute: actions are poses; view: "state" or "image"."""
+        robosuite = import_robosuite()
+        self.task, self.scene, self.absolute, self.view = task, SCENES[task], absolute, view
+        self.MAX_STEPS = self.scene.max_steps
+        config = robosuite.controllers.load_composite_controller_config(controller="BASIC", robot="Panda")
+        frame = {"input_ref_frame": "world", "input_type": "absolute" if absolute else "delta"}
+        config["body_parts"] = {"right": {**config["body_parts"]["right"], **frame}}
+        with seeded(0):  # some scenes draw the size of their objects
+            self.sim_env = robosuite.make(
+                self.scene.env,
+                robots=["Panda"] * self.scene.arms,
+                controller_configs=config,
+                has_renderer=False,
+                has_offscreen_renderer=False,
+                use_camera_obs=False,
+                use_object_obs=True,
+                control_freq=20,
+                ignore_done=True,  # the time limit is ours
+                hard_reset=False,  # the model stays, episodes differ in positions only
+            )
+        self.eyes: dict[str, Eye] = {}
+        self.action_space = gymnasium.spaces.Box(-np.inf, np.inf, ((10 if absolute else 7) * self.scene.arms,), np.float32)
+        self.observation_space = observation_space(shapes(task, view))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        with seeded(seed) if seed is not None else contextlib.nullcontext():  # robosuite draws from numpy's global generator
+            self.sim_env.reset()
+        self.arms = [PandaArm(robot) for robot in self.sim_env.robots]  # a reset makes new controllers
+        self.steps = 0
+        self._look()
+        return self._observe(), {}
+
+    def step(self, action):
+        action = np.asarray(action, np.float64)
+        if not np.isfinite(action).all():
+            raise ValueError("the action holds NaN or infinity")
+        action = to_controller(action, self.scene.arms) if self.absolute else action.clip(-1, 1)
+        self._simulate(action)
+        self.steps += 1
+        success = bool(self.sim_env._check_success())
+        late = not success and self.steps >= self.MAX_STEPS
+        seen = self.observing or success or late
+        if seen:
+            self._look()
+        obs = self._observe() if seen else None
+        return obs, float(success), success, late, {"score": float(success), "success": success}
+
+    def _simulate(self, action: np.ndarray) -> None:
+        """What robosuite's step does, without what nobody reads: 40 observables looked at 25 times, and names looked up."""
+        import mujoco
+
+        sim, env = self.sim_env.sim, self.sim_env
+        model, data = sim.model._model, sim.data._data
+        for i in range(int(env.control_timestep / env.model_timestep)):
+            mujoco.mj_step1(model, data)
+            for arm, mine in zip(self.arms, np.split(action, len(self.arms)), strict=True):
+                if i == 0:
+                    arm.aim(mine, data)
+                arm.drive(model, data)
+            mujoco.mj_step2(model, data)
+        env.update_state()
+
+    def _look(self) -> None:
+        """The simulator's numbers. Twice: those from the hand are computed from others of the same round."""
+        self.sim_env._update_observables(force=True)
+        self.raw = self.sim_env._get_observations(force_update=True)
+
+    def _observe(self) -> Arrays:
+        obs = {}
+        for key, shape in shapes(self.task, self.view).items():
+            if len(shape) == 3:
+                obs[key] = self._eye(key.removesuffix("_image"), self.scene.pixels).picture(self.sim_env.sim.data._data)
+            else:
+                obs[key] = np.asarray(self.raw["object-state" if key == "object" else key], np.float32)
+        return obs
+
+    def _eye(self, camera: str, pixels: int) -> Eye:
+        if (camera, pixels) not in self.eyes:
+            self.eyes[camera, pixels] = Eye(self.sim_env.sim.model._model, camera, pixels, pixels, hidden_group=0)
+        return self.eyes[camera, pixels]
+
+    def command(self, moves: list[tuple[np.ndarray, np.ndarray, float]]) -> np.ndarray:
+        """Per arm (displacement, metres; rotation vector, rad; gripper -1 .. 1) -> an action of this environment."""
+        actions = []
+        for i, (move, turn, grip) in enumerate(moves):
+            move, turn = clip_norm(move, STEP), clip_norm(turn, TURN)
+            if self.absolute:
+                at, R = self.hand(i)
+                actions.append(np.concatenate([at + move, six(matrix(turn) @ R), [grip]]))
+            else:
+                actions.append(np.concatenate([move / STEP, turn / TURN, [grip]]))
+        return np.concatenate(actions).astype(np.float32)
+
+    def hand(self, arm: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Position (3,) and orientation (3, 3) of what the controller moves."""
+        sim, robot = self.sim_env.sim, self.sim_env.robots[arm]
+        site = robot.eef_site_id["right"]
+        return sim.data.site_xpos[site].copy(), sim.data.site_xmat[site].reshape(3, 3).copy()
+
+    def body(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Position (3,) and orientation (3, 3) of a body of the scene."""
+        data = self.sim_env.sim.data
+        return data.get_body_xpos(name).copy(), data.get_body_xmat(name).reshape(3, 3).copy()
+
+    def render(self) -> np.ndarray:
+        return self._eye(self.scene.cameras[0], 256).picture(self.sim_env.sim.data._data)
+
+    def close(self) -> None:
+        for eye in self.eyes.values():
+            eye.close()
+        self.sim_env.close()
+
+
+class PandaArm:
+    """robosuite's operational space controller of one arm, with its own formulas and goals; tests/test_robomimic.py compares.
+
+    Its own loop spends most of its time on looking up names, in copies and in numbers that only a moving base needs.
+    """
+
+    def __init__(self, robot):
+        self.controllers, self.ids = robot.composite_controller, robot._ref_actuators_indexes_dict
+        self.arm, self.gripper = robot.part_controllers["right"], robot.part_controllers["right_gripper"]
+        self.site = robot.eef_site_id["right"]
+        nv = robot.sim.model.nv
+        self.J, self.M = np.zeros((6, nv)), np.zeros((nv, nv))
+        self.dofs = np.asarray(self.arm.qvel_index)
+        self.range = robot.sim.model.actuator_ctrlrange[self.ids["right"]].T
+
+    def aim(self, action: np.ndarray, data) -> None:
+        """A new goal for arm and gripper, action (7,) in robosuite's form."""
+        self.arm.new_update = True  # its numbers are old
+        self.controllers.update_state()
+        self.controllers.set_goal(action)
+        data.ctrl[self.ids["right_gripper"]] = self.gripper.run_controller()
+
+    def drive(self, model, data) -> None:
+        """The torques of this moment."""
+        import mujoco
+        from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error
+
+        arm, dofs = self.arm, self.dofs
+        mujoco.mj_jacSite(model, data, self.J[:3], self.J[3:], self.site)
+        mujoco.mj_fullM(model, self.M, data.qM)
+        J, M = np.ascontiguousarray(self.J[:, dofs]), self.M[dofs[:, None], dofs]
+        velocity = J @ data.qvel[dofs]
+        R = data.site_xmat[self.site].reshape(3, 3)
+        force = (arm.goal_pos - data.site_xpos[self.site]) * arm.kp[:3] - velocity[:3] * arm.kd[:3]
+        torque = orientation_error(arm.goal_ori, R) * arm.kp[3:] - velocity[3:] * arm.kd[3:]
+        _, lambda_pos, lambda_ori, nullspace = opspace_matrices(M, J, J[:3], J[3:])
+        ctrl = J.T @ np.concatenate([lambda_pos @ force, lambda_ori @ torque]) + data.qfrc_bias[dofs]
+        ctrl += nullspace_torques(M, nullspace, arm.initial_joint, data.qpos[arm.qpos_index], data.qvel[dofs])
+        data.ctrl[self.ids["right"]] = ctrl.clip(*self.range)
+
+
+@contextlib.contextmanager
+def seeded(seed: int):
+    """numpy's global generator, seeded inside and as it was outside."""
+    before = np.random.get_state()
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+def clip_norm(x: np.ndarray, limit: float) -> np.ndarray:
+    return x * min(1.0, limit / max(np.linalg.norm(x), 1e-9))
+
+
+# --- demonstrations ---------------------------------------------------------------------------------------------------------
+
+
+def robomimic_demos(arrays: Arrays, task: str, absolute: bool, view: str) -> tuple[Arrays, np.ndarray]:
+    """Arrays of robomimic's files, or of our own recordings, which hold absolute actions in the network's form already.
+
+    Raises: ValueError for another task's file, missing keys, and actions of the other kind than the task's (the file says which).
+    """
+    scene = SCENES[task]
+    if "env_args" in arrays:
+        check_file(json.loads(str(arrays["env_args"])), task, absolute)
+    if absolute and arrays.get("actions", np.zeros((0, 0))).shape[1:] == (7 * scene.arms,):
+        arrays = {**arrays, "actions": to_network(np.asarray(arrays["actions"], np.float64), scene.arms)}
+    return plain_demos(arrays, shapes(task, view), (10 if absolute else 7) * scene.arms)
+
+
+def check_file(env_args: dict, task: str, absolute: bool) -> None:
+    """env_args: what robomimic writes of the environment that a file was recorded in."""
+    name = env_args.get("env_name", SCENES[task].env)
+    if name.removesuffix("_D0") != SCENES[task].env:
+        raise ValueError(f"it was recorded in {name}, and this task is {SCENES[task].env}")
+    controller = env_args.get("env_kwargs", {}).get("controller_configs") or {}
+    arm = controller.get("body_parts", {}).get("right", controller)  # robosuite 1.5, or before
+    if "control_delta" in arm or "input_type" in arm:
+        found = not arm["control_delta"] if "control_delta" in arm else arm["input_type"] == "absolute"
+        if found != absolute:
+            kinds = {True: "absolute poses", False: "displacements"}
+            row = f"{task}-abs" if found else task
+            raise ValueError(f"its actions are {kinds[found]}, the task takes {kinds[absolute]}; train --env {row} on it")
+    if arm.get("input_ref_frame", "world") != "world" and (absolute or SCENES[task].arms > 1):
+        raise ValueError("its actions are relative to the robots' bases; robomimic's published files use the world's frame")

@@ -1,0 +1,284 @@
+"""Scripted experts for Lift, Can, Square and Transport: way-points of the hand, read from the simulator's full state.
+
+The human demonstrations of RoboMimic cannot be had everywhere; these can. An expert is a generator that is asked for the next
+move of each arm, (displacement in metres, rotation vector in rad, gripper -1 open .. 1 closed), and that may go several ways:
+which one it takes is drawn per episode, so the demonstrations have modes. Where a number rests on these demonstrations, it says
+"scripted".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from manipulation import save_episodes
+from robomimic_tasks import STEP, TURN, Robosuite, clip_norm, matrix, vector
+
+OPEN, CLOSED = -1.0, 1.0
+STILL = np.zeros(3)
+Move = tuple[np.ndarray, np.ndarray, float]
+DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])  # a hand that points down, its fingers closing along the world's y
+
+
+def turned(yaw: float) -> np.ndarray:
+    """A hand that points down, turned about the vertical by yaw, rad."""
+    return matrix(np.array([0, 0, yaw])) @ DOWN
+
+
+def yaw_of(R: np.ndarray) -> float:
+    return float(np.arctan2(R[1, 0], R[0, 0]))
+
+
+def above(height: float) -> np.ndarray:
+    return np.array([0, 0, height])
+
+
+def about(rng: np.random.Generator, spread: float) -> np.ndarray:
+    """Some way to the side, metres."""
+    return np.array([*rng.normal(0, spread, 2), 0.0])
+
+
+def nearest(angle: float, to: float, period: float) -> float:
+    """angle + k * period, the one nearest to `to`."""
+    return angle + period * np.round((to - angle) / period)
+
+
+class Script:
+    """Way-points for one arm. go() and hold() are generators of moves; noise makes no two episodes equal."""
+
+    def __init__(self, env: Robosuite, rng: np.random.Generator, arm: int = 0):
+        self.env, self.rng, self.arm = env, rng, arm
+
+    def go(
+        self,
+        to: Callable[[], np.ndarray] | np.ndarray,
+        hand: np.ndarray,
+        grip: float,
+        within: float = 0.01,
+        limit: int = 80,
+        carried: str = "",
+        speed: float = 0.05,
+        turn_within: float = 0.1,
+    ) -> Iterator[Move]:
+        """Until the hand (or what it carries) is `within` metres and `turn_within` rad of the goal; at most `limit` steps.
+
+        to: position (3,) or what gives it now; hand: orientation (3, 3) of the hand, or of the body that is carried.
+        """
+        sum_error, sum_turn = np.zeros(3), np.zeros(3)  # near its reach the arm stops short of where it is sent
+        for _ in range(limit):
+            at, R = self.env.body(carried) if carried else self.env.hand(self.arm)
+            error = (to() if callable(to) else to) - at
+            turn = vector(hand @ R.T)
+            if np.linalg.norm(error) < within and np.linalg.norm(turn) < turn_within:
+                return
+            if np.linalg.norm(error) < 0.03:
+                sum_error, sum_turn = clip_norm(sum_error + 0.3 * error, STEP), clip_norm(sum_turn + 0.3 * turn, TURN)
+            move = clip_norm(2 * error + sum_error, speed)
+            yield move + self.rng.normal(0, 0.003, 3), clip_norm(turn + sum_turn, TURN / 2), grip
+
+    def hold(self, grip: float, steps: int) -> Iterator[Move]:
+        for _ in range(steps):
+            yield STILL, STILL, grip
+
+
+def lift(env: Robosuite, rng: np.random.Generator) -> Iterator[list[Move]]:
+    """Two ways to grasp the cube: across either pair of its sides."""
+    script = Script(env, rng)
+    _, R = env.body("cube_main")
+    hand = turned(nearest(yaw_of(R), 0, np.pi / 2) + rng.choice([0, 1]) * np.pi / 2)
+    cube = lambda up=0.0: env.body("cube_main")[0] + above(up)  # noqa: E731
+    yield from script.go(lambda: cube(rng.uniform(0.06, 0.1)), hand, OPEN, 0.02)
+    yield from script.go(lambda: cube(), hand, OPEN, 0.008)
+    yield from script.hold(CLOSED, 8)
+    yield from script.go(cube(0.2), hand, CLOSED)
+
+
+def can(env: Robosuite, rng: np.random.Generator) -> Iterator[list[Move]]:
+    """Two ways to grasp the can and two ways round to its bin."""
+    script = Script(env, rng)
+    hand = turned(rng.choice([0, np.pi / 2]) + rng.normal(0, 0.15))
+    at = lambda up=0.0: env.body("Can_main")[0] + above(up)  # noqa: E731
+    yield from script.go(lambda: at(0.12), hand, OPEN, 0.02)
+    yield from script.go(lambda: at(0.01), hand, OPEN, 0.01)
+    yield from script.hold(CLOSED, 8)
+    yield from script.go(at(0.22), hand, CLOSED, 0.04)
+    x, y, _ = env.sim_env.target_bin_placements[env.sim_env.object_id] + rng.normal(0, 0.01, 3)
+    start, _ = env.hand()
+    side = rng.choice([-0.08, 0.08])
+    yield from script.go(np.array([(start[0] + x) / 2 + side, (start[1] + y) / 2, start[2]]), hand, CLOSED, 0.08)
+    reach = {"within": 0.05, "turn_within": 0.3}  # the arm is nearly stretched there
+    yield from script.go(np.array([x, y, start[2]]), hand, CLOSED, **reach)
+    yield from script.go(np.array([x, y, 0.93]), hand, CLOSED, **reach)
+    yield from script.hold(OPEN, 4)
+    yield from script.go(np.array([x, y, 1.1]), hand, OPEN, **reach)
+
+
+def square(env: Robosuite, rng: np.random.Generator) -> Iterator[list[Move]]:
+    """The square nut fits its peg in four ways; it goes on in any that the wrist can turn to."""
+    script = Script(env, rng)
+    body = "SquareNut_main"
+    _, R = env.body(body)
+    handle = lambda up=0.0: env.sim_env.sim.data.get_site_xpos("SquareNut_handle_site") + above(up)  # noqa: E731
+    hand = turned(nearest(yaw_of(R), 0, np.pi))
+    yield from script.go(lambda: handle(0.1), hand, OPEN, 0.02)
+    yield from script.go(lambda: handle(0.0), hand, OPEN, 0.008)
+    yield from script.hold(CLOSED, 8)
+    peg = env.sim_env.sim.data.body_xpos[env.sim_env.peg1_body_id].copy()
+    now, R = env.hand()
+    yield from script.go(np.array([now[0], now[1], 1.05]), R, CLOSED, 0.03)
+    yaw, facing = yaw_of(env.body(body)[1]), yaw_of(R @ DOWN.T)
+    quarters = [q for q in np.arange(-4, 5) * np.pi / 2 if abs(q - yaw) < 2.2 and abs(facing + q - yaw) < 2]  # the wrist's reach
+    quarters = [q for q in quarters if np.cos(q) < 0.5] or quarters  # a handle that points away is nearly out of reach
+    level = matrix(np.array([0, 0, rng.choice(quarters)]))
+    over = lambda z: np.array([peg[0], peg[1], z])  # noqa: E731
+    yield from script.go(over(1.02), level, CLOSED, 0.01, carried=body, limit=120)
+    yield from script.go(over(0.99), level, CLOSED, 0.003, carried=body, turn_within=0.04)
+    yield from script.go(over(0.86), level, CLOSED, 0.01, carried=body, speed=0.03)
+    yield from script.hold(OPEN, 4)
+    now, R = env.hand()
+    yield from script.go(now + above(0.12), R, OPEN)
+
+
+def transport(env: Robosuite, rng: np.random.Generator) -> Iterator[list[Move]]:
+    """The first arm opens the box and brings the hammer, the second empties the other box meanwhile and takes over in the air.
+
+    Two places to hand over, left and right of the middle.
+    """
+    side = rng.choice([-0.1, 0.1])
+    events: set[str] = set()
+    bringing, taking = bring(Script(env, rng, 0), side, events), take(Script(env, rng, 1), side, events)
+    rest = [(STILL, STILL, OPEN), (STILL, STILL, OPEN)]
+    while len(events & {"brought", "taken"}) < 2:
+        yield [next(bringing, rest[0]), next(taking, rest[1])]
+
+
+def wait(script: Script, event: str, events: set[str], grip: float, limit: int = 300) -> Iterator[Move]:
+    """Hold the place where the arm is until the other one says so."""
+    at, hand = script.env.hand(script.arm)
+    for _ in range(limit):
+        if event in events:
+            return
+        yield from script.go(at, hand, grip, within=0.0, limit=1)
+
+
+def hammer(env: Robosuite) -> np.ndarray:
+    """Direction of the handle, (3,), towards the first arm."""
+    axis = env.body("payload_root")[1][:, 2]
+    return axis if axis[1] < 0 else -axis
+
+
+def grip_point(env: Robosuite, along: float) -> np.ndarray:
+    """On the handle, so many metres from its middle towards the first arm."""
+    return env.body("payload_root")[0] + along * hammer(env)
+
+
+def bring(script: Script, side: float, events: set[str]) -> Iterator[Move]:
+    env, rng = script.env, script.rng
+    lid = lambda up: env.body("transport_start_bin_lid_root")[0] + above(up)  # noqa: E731
+    hand = turned(np.pi / 2)
+    yield from script.go(lambda: lid(0.1), hand, OPEN, 0.03)
+    yield from script.go(lambda: lid(0.005), hand, OPEN, 0.01)
+    yield from script.hold(CLOSED, 8)
+    yield from script.go(lid(0.12), hand, CLOSED, 0.04)
+    aside = np.array([-0.2, -0.45, 0]) + about(rng, 0.01)
+    yield from script.go(aside + above(1.05), hand, CLOSED, 0.04)
+    yield from script.go(aside + above(0.85), hand, CLOSED, 0.02, limit=30)
+    yield from script.hold(OPEN, 4)
+    yield from script.go(aside + above(1.0), hand, OPEN, 0.04)
+    end = lambda up: grip_point(env, 0.05) + above(up)  # noqa: E731
+    along = hammer(env)
+    yaw = nearest(np.arctan2(along[1], along[0]), np.pi / 2, np.pi)
+    yield from script.go(lambda: end(0.15), turned(yaw), OPEN, 0.02)
+    yield from script.go(lambda: end(0.0), turned(yaw), OPEN, 0.01)
+    yield from script.hold(CLOSED, 8)
+    yield from script.go(end(0.3), turned(yaw), CLOSED, 0.04)
+    yield from script.go(np.array([side, -0.045, 1.08]), turned(np.pi / 2), CLOSED, 0.02)
+    events.add("offered")
+    yield from wait(script, "held", events, CLOSED)
+    yield from script.hold(OPEN, 5)
+    now, R = env.hand(0)
+    yield from script.go(now + above(0.15), R, OPEN, 0.04)
+    events.add("brought")
+    while True:
+        yield STILL, STILL, OPEN
+
+
+def take(script: Script, side: float, events: set[str]) -> Iterator[Move]:
+    env, rng = script.env, script.rng
+    trash = lambda up: env.body("trash_main")[0] + above(up)  # noqa: E731
+    _, R = env.body("trash_main")
+    hand = turned(nearest(yaw_of(R), -np.pi / 2, np.pi / 2))
+    yield from script.go(lambda: trash(0.15), hand, OPEN, 0.03)
+    yield from script.go(lambda: trash(0.0), hand, OPEN, 0.008)
+    yield from script.hold(CLOSED, 8)
+    yield from script.go(trash(0.28), hand, CLOSED, 0.04)
+    bin_at = env.body("transport_trash_bin_root")[0] + about(rng, 0.02) + above(0.2)
+    yield from script.go(bin_at, hand, CLOSED, 0.03)
+    yield from script.hold(OPEN, 4)
+    hand = turned(-np.pi / 2)
+    yield from script.go(np.array([side, 0.15, 1.25]), hand, OPEN, 0.04)
+    yield from wait(script, "offered", events, OPEN)
+    end = lambda up: grip_point(env, -0.07) + above(up)  # noqa: E731
+    yield from script.go(lambda: end(0.1), hand, OPEN, 0.015)
+    yield from script.go(lambda: end(0.0), hand, OPEN, 0.01)
+    yield from script.hold(CLOSED, 8)
+    events.add("held")
+    yield from wait(script, "brought", events, CLOSED)
+    target = env.body("transport_target_bin_root")[0]
+    now, _ = env.hand(1)
+    yield from script.go(np.array([now[0], 0.3, 1.2]), hand, CLOSED, 0.05)
+    over = target + about(rng, 0.02) - 0.07 * hammer(env) * [1, 1, 0]  # its middle over the box's
+    yield from script.go(over + above(0.27), hand, CLOSED, 0.03)
+    yield from script.go(over + above(0.12), hand, CLOSED, 0.03, limit=30)
+    yield from script.hold(OPEN, 15)
+    events.add("taken")
+    while True:
+        yield STILL, STILL, OPEN
+
+
+def single(expert: Callable) -> Callable:
+    """An expert of one arm, whose moves are lists of one."""
+
+    def moves(env: Robosuite, rng: np.random.Generator) -> Iterator[list[Move]]:
+        for move in expert(env, rng):
+            yield [move]
+
+    return moves
+
+
+EXPERTS = {"lift": single(lift), "can": single(can), "square": single(square), "transport": transport}
+
+
+def episode(env: Robosuite, seed: int) -> tuple[list[dict], bool]:
+    """One episode of the expert: rows of observations and actions, and whether it succeeded."""
+    obs, _ = env.reset(seed=seed)
+    rows, success, late = [], False, False
+    for moves in EXPERTS[env.task](env, np.random.default_rng(seed)):
+        action = env.command(moves)
+        rows.append({**obs, "actions": action})
+        obs, _, success, late, _ = env.step(action)
+        if success or late:
+            break
+    return rows, success
+
+
+def record(path: Path, task: str, absolute: bool, view: str, episodes: int = 100) -> None:
+    """Write `episodes` successes to path, an .npz, and how many attempts they took. Starts: seeds from 4,000,000 on.
+
+    ValueError where the expert fails too often.
+    """
+    env = Robosuite(task, absolute, view)
+    rows, ends, seed = [], [], 4_000_000
+    while len(ends) < episodes:
+        if seed == 4_000_000 + 3 * episodes + 10:
+            raise ValueError(f"the expert succeeded in {len(ends)} of {3 * episodes + 10} episodes only; {episodes} are needed")
+        mine, success = episode(env, seed)
+        seed += 1
+        if success:
+            rows += mine
+            ends.append(len(rows))
+    env.close()
+    arrays = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    save_episodes(path, ends, {**arrays, "attempts": np.array(seed - 4_000_000)})

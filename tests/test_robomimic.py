@@ -1,0 +1,202 @@
+"""RoboMimic's tasks: rotations and files everywhere, robosuite itself where it is installed."""
+
+import importlib.util
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+import demos
+import envs
+import robomimic_tasks as rm
+
+needs_robosuite = pytest.mark.skipif(importlib.util.find_spec("robosuite") is None, reason="robosuite is not installed")
+
+
+def test_rotations_round_trip_also_at_half_a_turn():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((200, 3))
+    vectors *= (rng.uniform(0, np.pi, 200) / np.linalg.norm(vectors, axis=1))[:, None]
+    vectors = np.concatenate([vectors, [[0, 0, 0], [np.pi, 0, 0], [0, np.pi - 1e-4, 0], [1e-9, 0, 0]]])
+    for vector, R in zip(vectors, rm.matrix(vectors), strict=True):
+        assert np.allclose(R @ R.T, np.eye(3)) and np.isclose(np.linalg.det(R), 1)
+        assert np.allclose(rm.matrix(rm.vector(R)), R, atol=1e-6), vector
+        assert np.allclose(rm.from_six(3.0 * rm.six(R)), R)  # however the network scales them
+    # Rodrigues against the plain series of exp([v]x)
+    v = vectors[3]
+    K = np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]])
+    term, total = np.eye(3), np.eye(3)
+    for k in range(1, 40):
+        term = term @ K / k
+        total = total + term
+    assert np.allclose(rm.matrix(v), total)
+
+
+def test_absolute_actions_reach_the_controller_as_the_file_has_them():
+    rng = np.random.default_rng(1)
+    actions = rng.uniform(-1, 1, (20, 14))
+    network = rm.to_network(actions, 2)
+    assert network.shape == (20, 20)
+    assert np.allclose([rm.to_controller(a, 2) for a in network], actions)
+
+
+def robomimic_file(path, task="lift", controller=None, **changes):
+    """Two episodes in robomimic's layout."""
+    rng = np.random.default_rng(0)
+    env_args = {"env_name": rm.SCENES[task].env, "env_kwargs": {"controller_configs": controller or {"control_delta": True}}}
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["env_args"] = json.dumps(env_args)
+        for k, length in enumerate((5, 7)):
+            for key, shape in rm.shapes(task, "state").items():
+                data[f"demo_{k}/obs/{key}"] = rng.standard_normal((length, *shape))
+            data[f"demo_{k}/actions"] = rng.uniform(-1, 1, (length, 7))
+        for name, value in changes.items():
+            del data[f"demo_0/{name.replace('__', '/')}"]
+            if value is not None:
+                data[f"demo_0/{name.replace('__', '/')}"] = value
+    return path
+
+
+def read(path, name):
+    task = envs.get_task(name)
+    return demos.load(str(path), name, task.demo_arrays, task.demo_convert)
+
+
+def test_a_robomimic_file_is_read(tmp_path):
+    data = read(robomimic_file(tmp_path / "a.hdf5"), "lift")
+    assert list(data.episode_ends) == [5, 12] and data.actions.shape == (12, 7)
+    assert {key: value.shape[1:] for key, value in data.obs.items()} == rm.shapes("lift", "state")
+    new = {"type": "BASIC", "body_parts": {"right": {"input_type": "absolute", "input_ref_frame": "world"}}}
+    assert read(robomimic_file(tmp_path / "b.hdf5", controller=new), "lift-abs").actions.shape == (12, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "controller", "changes", "message"),
+    [
+        ("can", None, {}, "it was recorded in Lift, and this task is PickPlaceCan"),
+        ("lift-abs", None, {}, "its actions are displacements, the task takes absolute poses; train --env lift on it"),
+        ("lift", {"control_delta": False}, {}, "its actions are absolute poses, .* train --env lift-abs on it"),
+        ("lift", None, {"obs__object": np.zeros((4, 10))}, "arrays of unequal length"),
+        ("lift", None, {"obs__object": None}, r"object must have shape \(steps, 10\); it has nothing"),
+        (
+            "lift-abs",
+            {"body_parts": {"right": {"input_type": "absolute", "input_ref_frame": "base"}}},
+            {},
+            "relative to the robots' bases",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_are_named(tmp_path, name, controller, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read(robomimic_file(tmp_path / "a.hdf5", controller=controller, **changes), name)
+
+
+def test_scripted_takes_a_number_and_a_task_that_has_an_expert(tmp_path, monkeypatch):
+    monkeypatch.setattr(demos, "DATA", tmp_path)
+    made = []
+
+    def record(path, episodes=100):
+        made.append((path.name, episodes))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, x=np.zeros((3, 2), np.float32), action=np.zeros((3, 2), np.float32), episode_ends=[3])
+
+    def load(source, scripted=True):
+        return demos.load(
+            source,
+            "lift",
+            ("x", "action"),
+            lambda a: ({"x": a["x"]}, a["action"]),
+            record=record,
+            origin="robot",
+            scripted=scripted,
+        )
+
+    assert load("scripted:7").source == "scripted demonstrations (robot: lift-7.npz)"
+    load("scripted"), load("scripted:7"), load("embedded")
+    assert made == [("lift-7.npz", 7), ("lift.npz", 100)]
+    for bad in ("scripted:", "scripted:many", "scripted:0"):
+        with pytest.raises(ValueError, match=r"scripted:N takes a number of episodes"):
+            load(bad)
+    with pytest.raises(ValueError, match="lift has no scripted expert"):
+        load("scripted", scripted=False)
+
+
+def test_a_missing_or_other_robosuite_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "robosuite", None)
+    with pytest.raises(ImportError, match=r"pip install robosuite==1\.5\.1"):
+        rm.import_robosuite()
+
+
+# --- with robosuite -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lift():
+    env = rm.Robosuite("lift", False, "state")
+    yield env
+    env.close()
+
+
+@needs_robosuite
+def test_the_step_is_robosuites_own(lift):
+    """Our controller loop against robosuite's, 10 actions of 25 simulation steps. The last bits differ by the order of sums."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (10, 7))
+    states = []
+    for step in (lift.step, lift.sim_env.step):
+        lift.reset(seed=7)
+        for action in actions:
+            step(action)
+        states.append(lift.sim_env.sim.data.qpos.copy())
+    assert np.abs(states[0] - states[1]).max() < 1e-6
+    assert np.abs(states[0][:7] - lift.sim_env.robots[0].init_qpos).max() > 0.1  # it has moved
+
+
+@needs_robosuite
+def test_an_episode_is_a_function_of_its_seed(lift):
+    starts = []
+    for seed in (3, 4, 3):
+        before = np.random.get_state()[1].copy()
+        obs, _ = lift.reset(seed=seed)
+        assert (np.random.get_state()[1] == before).all()  # robosuite's use of the global generator does not leak
+        for _ in range(3):
+            obs = lift.step(np.full(7, 0.3))[0]
+        starts.append(obs)
+    assert all((starts[0][key] == starts[2][key]).all() for key in starts[0])
+    assert (starts[0]["object"] != starts[1]["object"]).any()
+    with pytest.raises(ValueError, match="NaN"):
+        lift.step(np.full(7, np.nan))
+
+
+@needs_robosuite
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_expert_lifts_and_its_recording_trains(absolute, tmp_path):
+    """Two recorded episodes read back as demonstrations, and replayed: the same actions lift again."""
+    import scripted
+
+    path = tmp_path / "lift.npz"
+    scripted.record(path, "lift", absolute, "state", episodes=2)
+    data = read(path, "lift-abs" if absolute else "lift")
+    assert len(data.episode_ends) == 2 and np.load(path)["attempts"] >= 2
+    env = rm.Robosuite("lift", absolute, "state")
+    env.reset(seed=4_000_000)
+    for action in data.actions[: data.episode_ends[0]]:
+        _, reward, success, _, info = env.step(action)
+    env.close()
+    assert success and reward == 1 and info == {"score": 1.0, "success": True}
+
+
+@needs_robosuite
+def test_pictures_are_upright_and_of_the_scene():
+    env = rm.Robosuite("lift", False, "image")
+    try:
+        obs, _ = env.reset(seed=0)
+    except OSError as error:
+        pytest.skip(f"nothing can be drawn here: {error}")
+    picture = obs["agentview_image"]
+    assert picture.shape == (84, 84, 3) and picture.dtype == np.uint8 and "object" not in obs
+    red = (picture[..., 0] > 120) & (picture[..., 1] < 70)  # the cube, on the table in the lower half
+    assert red.any() and np.argwhere(red)[:, 0].mean() > 42
+    env.close()
