@@ -59,6 +59,7 @@ class Task:
     shift: Callable[[dict, torch.Tensor], dict] | None = None  # the observation of a scene that stands elsewhere
     make_training: Callable[[int, int], object] | None = None  # the same for dbpo_finetune.py, where another is faster
     side_by_side: int = 100  # environments of an evaluation; one that draws takes 100 MB
+    stages: int = 1  # subtasks of an episode; score is the share of them that is done
     train: dict[str, object] = dataclasses.field(default_factory=dict)  # defaults of dbp_train.py that this task changes
     finetune: dict[str, object] = dataclasses.field(default_factory=dict)  # and of dbpo_finetune.py
 
