@@ -36,6 +36,7 @@ import gymnasium
 import numpy as np
 import torch
 
+import blockpush
 import kitchen
 import manipulation
 
@@ -685,6 +686,19 @@ TASKS["pusht-image"] = Task(
     demo_record=manipulation.record_pusht_images,
     demo_origin="the embedded states, drawn",
     train={"batch_size": 64, "steps": 6_000, "eval_every": 3_000},
+)
+TASKS["blockpush"] = Task(
+    name="blockpush",
+    score="share of the two targets filled",
+    stages=2,
+    obs_shapes={"state": (16,)},
+    action_dim=2,
+    make=partial(GymVector, blockpush.BlockPush),
+    demo_arrays=("state", "action"),
+    demo_convert=partial(manipulation.plain_demos, shapes={"state": (16,)}, action_dim=2),
+    demo_record=blockpush.record_blockpush,
+    demo_origin="a scripted oracle",
+    train={"report_episodes": 50},
 )
 TASKS["kitchen"] = Task(
     name="kitchen",
