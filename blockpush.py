@@ -30,8 +30,8 @@ REACHED = 0.05  # metres from a target's centre to that of the block that fills 
 SIDE, RADIUS = 0.05, 0.0125  # of a block, of the effector, metres; SILENT: our own
 LOW, HIGH = np.array([0.15, -0.35]), np.array([0.5, 0.35])  # where the effector may be told to be, metres
 RIM = 0.05  # blocks stay so far inside, so that the effector can always get behind them
-STARTS = {"block": (-0.22, -0.08), "target": (0.08, 0.25)}  # y of their centres, metres: blocks in front, targets beyond
-APART = {"block": 0.11, "target": 0.13}  # metres between the two: room for the effector; no block fills both targets
+STARTS = {"block": (-0.22, -0.08), "target": (0.08, 0.25), "anywhere": (-0.3, 0.3)}  # y of their centres, metres
+APART = {"block": 0.11, "target": 0.13, "anywhere": 0.08}  # metres between the two; no block fills both targets
 SUBSTEPS = 10  # of 0.01 s
 
 
@@ -75,7 +75,8 @@ XML = f"""<mujoco>
 
 def place(rng: np.random.Generator, what: str) -> np.ndarray:
     """Two centres and yaws, (2, 3), metres and rad."""
-    (x0, _), (x1, _) = LOW + RIM + 0.02, HIGH - RIM - 0.02
+    margin = RIM + (0 if what == "anywhere" else 0.02)
+    x0, x1 = LOW[0] + margin, HIGH[0] - margin
     while True:
         pose = rng.uniform([x0, STARTS[what][0], -np.pi], [x1, STARTS[what][1], np.pi], (2, 3))
         if np.linalg.norm(pose[0, :2] - pose[1, :2]) >= APART[what]:
@@ -104,11 +105,17 @@ class BlockPush(gymnasium.Env):
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (16,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """options {"anywhere": True}: blocks and effector start anywhere, as if an episode had gone astray."""
         super().reset(seed=seed)
+        anywhere = bool(options and options.get("anywhere"))
         self.mujoco.mj_resetData(self.model, self.data)
         self.targets = place(self.np_random, "target")  # (2, 3)
-        self.data.qpos[:6] = place(self.np_random, "block").ravel()
-        self.told = self.np_random.uniform([0.3, -0.32], [0.35, -0.28])  # where the effector is told to be, metres
+        blocks = place(self.np_random, "anywhere" if anywhere else "block")
+        low, high = (LOW, HIGH) if anywhere else ([0.3, -0.32], [0.35, -0.28])
+        self.told = self.np_random.uniform(low, high)  # where the effector is told to be, metres
+        while np.linalg.norm(blocks[:, :2] - self.told, axis=1).min() < SIDE:
+            self.told = self.np_random.uniform(low, high)
+        self.data.qpos[:6] = blocks.ravel()
         self.data.qpos[6:] = self.told
         self.data.mocap_pos[:, :2] = self.targets[:, :2]
         self.data.mocap_quat[:, 0], self.data.mocap_quat[:, 3] = np.cos(self.targets[:, 2] / 2), np.sin(self.targets[:, 2] / 2)
@@ -178,20 +185,18 @@ class Oracle:
     around the other block.
     """
 
-    WALK, PUSH, NOISE = 0.028, 0.016, 0.002  # metres per step: walking, pushing, noise of the hand so that demonstrations spread
+    WALK, PUSH = 0.028, 0.016  # metres per step
     BEHIND = 0.06  # metres from the block's centre to where a push begins
 
     def __init__(self, seed: int):
-        self.rng = np.random.default_rng(seed)
-        self.order = self.rng.permutation(2)  # blocks
-        self.goals = self.rng.permutation(2)  # goals[block] is its target
+        rng = np.random.default_rng(seed)
+        self.order = rng.permutation(2)  # blocks
+        self.goals = rng.permutation(2)  # goals[block] is its target
         self.pushing = False
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """obs (16,) -> action (2,), metres."""
-        return (self.intend(obs.astype(np.float64)) + self.rng.normal(0, self.NOISE, 2)).clip(-MAX_ACTION, MAX_ACTION)
-
-    def intend(self, obs: np.ndarray) -> np.ndarray:
+        obs = obs.astype(np.float64)
         blocks, hand, targets = obs[:6].reshape(2, 3)[:, :2], obs[8:10], obs[10:].reshape(2, 3)[:, :2]
         left = [k for k in self.order if np.linalg.norm(blocks[k] - targets[self.goals[k]]) > 0.8 * REACHED]
         if not left:
@@ -211,19 +216,22 @@ class Oracle:
         return step * min(1.0, self.WALK / max(float(np.linalg.norm(step)), 1e-6))
 
 
-def record_blockpush(path: Path, episodes: int = 800) -> None:
-    """Write that many successes of the oracle to path, an .npz of state, action, episode_ends; half a minute.
+def record_blockpush(path: Path, episodes: int = 2000) -> None:
+    """Write that many successes of the oracle to path, an .npz of state, action, episode_ends; a minute.
 
-    Starts: seeds from 4,000,000 on.
+    Every other episode starts anywhere, and the hand trembles, each episode by as much as its seed says, up to 6 mm per step:
+    who only sees how things go well does not learn to mend them. The action is what the oracle meant, not what the hand did
+    (DART, Laskey et al. 2017). Starts: seeds from 4,000,000 on.
     """
     env, states, actions, ends, seed = BlockPush(), [], [], [], 4_000_000
     while len(ends) < episodes:
-        obs, _ = env.reset(seed=seed)
-        oracle, rows, success, late = Oracle(seed), [], False, False
+        obs, _ = env.reset(seed=seed, options={"anywhere": seed % 2 == 1})
+        oracle, rng, rows, success, late = Oracle(seed), np.random.default_rng([seed, 1]), [], False, False
+        tremble = rng.uniform(0, 0.006)  # standard deviation, metres
         while not (success or late):
-            action = oracle(obs).astype(np.float32)
+            action = oracle(obs).clip(-MAX_ACTION, MAX_ACTION).astype(np.float32)
             rows.append((obs, action))
-            obs, _, success, late, _ = env.step(action)
+            obs, _, success, late, _ = env.step(action + rng.normal(0, tremble, 2))
         if success:
             states += [row[0] for row in rows]
             actions += [row[1] for row in rows]
