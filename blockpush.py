@@ -12,7 +12,8 @@ goes first and which target it goes to, so that a policy has four ways to begin 
 
 Score: targets filled / 2, the largest so far; p1 and p2, the published measure, are the shares of episodes with at least one and
 with both. DEPARTS: no robot arm, which only carried the cylinder; blocks slide and turn in the plane, where a table's friction
-is friction of their three joints. So a step costs a tenth of a millisecond; numbers are comparable in kind, not digit by digit.
+is friction of their three joints. So a step costs a quarter of a millisecond, and numbers are comparable in kind, not digit by
+digit. A yaw is given as the same square's in [-pi/4, pi/4).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 
 import manipulation
 
-MAX_STEPS = 350  # as in Diffusion Policy; the oracle takes about a hundred
+MAX_STEPS = 350  # as in Diffusion Policy; the oracle takes 65 on average
 MAX_ACTION = 0.03  # metres per step and axis: 0.3 m/s at 10 Hz; longer ones are cut
 REACHED = 0.05  # metres from a target's centre to that of the block that fills it, as published
 SIDE, RADIUS = 0.05, 0.0125  # of a block, of the effector, metres; SILENT: our own
@@ -181,8 +182,8 @@ def detour(start: np.ndarray, goal: np.ndarray, obstacles: list[np.ndarray], cle
 class Oracle:
     """Pushes one block after the other along a straight line, from behind; who goes first, and where to, its seed draws.
 
-    Like a person it looks at the table in every step: beside the line it goes behind the block again, and it walks and pushes
-    around the other block.
+    It looks at the table in every step: where it has slipped off the line it goes behind the block again, and it walks and
+    pushes around the other block. Of the past it knows only whether it was pushing.
     """
 
     WALK, PUSH = 0.028, 0.016  # metres per step

@@ -698,7 +698,8 @@ TASKS["blockpush"] = Task(
     demo_convert=partial(manipulation.plain_demos, shapes={"state": (16,)}, action_dim=2),
     demo_record=blockpush.record_blockpush,
     demo_origin="a scripted oracle",
-    # A point that pushes slips off to the side, twice as far with every 2 cm: short chunks, and little noise on the observation.
+    # A point that pushes soon slips off to the side, and millimetres decide where to: short chunks, hardly any noise on the
+    # observation.
     train={
         "horizon": 8,
         "action_steps": 4,
