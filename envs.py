@@ -702,12 +702,12 @@ TASKS["blockpush"] = Task(
     # observation.
     train={
         "horizon": 8,
-        "action_steps": 4,
+        "action_steps": 2,
         "latent_scale": 0.5,
         "obs_noise": 0.002,
         "cond_width": 256,
-        "steps": 12_000,
-        "eval_every": 3_000,
+        "steps": 8_000,
+        "eval_every": 4_000,
         "report_episodes": 50,
     },
 )
