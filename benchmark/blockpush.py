@@ -1,6 +1,6 @@
 """The BlockPush table of README: a policy from the oracle's demonstrations, and whether it kept all of the oracle's ways.
 
-    python benchmark/blockpush.py                     seed 0: training and evaluation, a quarter of an hour on one core
+    python benchmark/blockpush.py                     seed 0: training and evaluation, ten minutes on one core
     python benchmark/blockpush.py --seeds 0 1 2       three seeds
     python benchmark/blockpush.py --print             the table of what there is
 
