@@ -698,8 +698,8 @@ TASKS["blockpush"] = Task(
     demo_convert=partial(manipulation.plain_demos, shapes={"state": (16,)}, action_dim=2),
     demo_record=blockpush.record_blockpush,
     demo_origin="a scripted oracle",
-    # A point that pushes soon slips off to the side, and millimetres decide where to: short chunks, hardly any noise on the
-    # observation.
+    # Millimetres decide which way a block slips: hardly any noise on the observation. Chunks are short because a point that
+    # pushes soon slips; 2, 4 and 6 steps between two looks scored alike, by 50 episodes.
     train={
         "horizon": 8,
         "action_steps": 2,
