@@ -9,7 +9,8 @@ they have in the file; the task (envs.py) turns them into its observation and it
     name.npz                         read_npz     <name>, episode_ends
     name.hdf5                        read_hdf5    <name>, episode_ends; or D4RL's: <name>, and episodes end where terminals or
                                                   timeouts is true; or robomimic's: data/demo_<k>/<name> or .../obs/<name>
-    minari:<id>                      read_minari  observations, actions, rewards
+    folder                           read_padded  <name>.npy, (T, B, ...), of which existence_mask.npy, (T, B), says what is real
+    minari:<id>                      read_minari  observations, actions, rewards; of a dict, observations/<key>
 
 Pictures, (steps, H, W, 3), of zarr and of robomimic's files are never in memory as a whole: they go, as uint8, into a plain file
 in data/cache/, which is mapped.
@@ -333,12 +334,51 @@ def read_minari(dataset_id: str, names: Sequence[str]) -> tuple[Arrays, np.ndarr
         raise ValueError(f"cannot load the Minari dataset {dataset_id!r} ({type(error).__name__}: {error})") from error
     if not episodes:
         raise ValueError(f"the Minari dataset {dataset_id!r} holds no episodes")
-    names = [name for name in names if getattr(episodes[0], name, None) is not None]
+
+    def find(episode, name: str):
+        name, *keys = name.split("/")
+        value = getattr(episode, name, None)
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    names = [name for name in names if find(episodes[0], name) is not None]
     for name in names:
-        if not isinstance(getattr(episodes[0], name), np.ndarray):
+        if not isinstance(find(episodes[0], name), np.ndarray):
             raise ValueError(f"the Minari dataset {dataset_id!r} has no plain array {name!r} per episode, which this task reads")
-    rows = {name: [getattr(episode, name)[: len(episode.actions)] for episode in episodes] for name in names}
+    rows = {name: [find(episode, name)[: len(episode.actions)] for episode in episodes] for name in names}
     return {name: np.concatenate(parts) for name, parts in rows.items()}, np.cumsum([len(e.actions) for e in episodes])
+
+
+def read_padded(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
+    """The relay data's layout (Franka Kitchen): B episodes side by side, padded to T steps; existence_mask is 1 on real ones.
+
+    Raises: ValueError for a missing or damaged file, unequal shapes, or a mask that is not ones and then zeros in each episode.
+    """
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return np.load(path / f"{name}.npy", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path} holds no whole {name}.npy: {error}. Copy it again.") from error
+
+    mask = read("existence_mask")
+    padded = {name: read(name) for name in names if (path / f"{name}.npy").exists()}
+    if not padded:
+        raise ValueError(f"{path} holds none of {', '.join(f'{name}.npy' for name in names)}, which this task reads")
+    shapes = {name: array.shape for name, array in {"existence_mask": mask, **padded}.items()}
+    if mask.ndim != 2 or any(shape[:2] != mask.shape for shape in shapes.values()):
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{path}: shapes do not match: {found}; all must begin with (steps, episodes)")
+    lengths = (mask != 0).sum(0)
+    bad = np.flatnonzero(((np.arange(len(mask))[:, None] < lengths) != mask).any(0) | (lengths == 0))
+    if len(bad):
+        raise ValueError(
+            f"{path}: existence_mask must be ones and then zeros in each episode; it is not in {len(bad)} of {len(lengths)}, the "
+            f"first is episode {bad[0]}. Is it (steps, episodes)?"
+        )
+    real = mask.T.astype(bool)  # rows in the order of episodes                    (B, T)
+    return {name: np.swapaxes(array, 0, 1)[real] for name, array in padded.items()}, np.cumsum(lengths)
 
 
 READERS: dict[str, Callable[[Path, Sequence[str]], tuple[Arrays, np.ndarray]]] = {
@@ -347,6 +387,7 @@ READERS: dict[str, Callable[[Path, Sequence[str]], tuple[Arrays, np.ndarray]]] =
     ".npz": read_npz,
     ".hdf5": read_hdf5,
     ".h5": read_hdf5,
+    "folder": read_padded,
 }
 
 
@@ -406,10 +447,11 @@ def load(
     elif not path.exists():
         takes = "embedded, official, scripted:N, minari:ID or an existing path"
         raise FileNotFoundError(f"no demonstrations at {path}; --demos takes {takes}")
-    elif path.suffix not in READERS:
-        raise ValueError(f"{path}: unknown format {path.suffix!r}; readable are {', '.join(READERS)}")
     else:
-        arrays, ends = READERS[path.suffix](path, names)
+        kind = "folder" if path.is_dir() and path.suffix != ".zarr" else path.suffix
+        if kind not in READERS:
+            raise ValueError(f"{path}: unknown format {kind!r}; readable are {', '.join(READERS)}")
+        arrays, ends = READERS[kind](path, names)
     if source == "official":
         published, found = SOURCES[task], (ends.size, int(ends.max(initial=0)))
         episodes = published.official_episodes or found[0]

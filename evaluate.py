@@ -120,8 +120,11 @@ def latency(policy: Policy, calls: int = 200) -> tuple[np.ndarray, int]:
     return np.array(times), passes
 
 
-def report(policy: Policy, results: dict[str, np.ndarray], seed_start: int) -> dict:
-    """The numbers of a JSON line, from `rollout`'s results."""
+def report(policy: Policy, results: dict[str, np.ndarray], seed_start: int, stages: int = 1) -> dict:
+    """The numbers of a JSON line, from `rollout`'s results.
+
+    stages: subtasks of an episode (Task.stages); of several, p1, p2, ... are the shares of episodes with at least so many done.
+    """
     times, nfe = latency(policy)
     low, high = interval95(results["score"])
     return {
@@ -131,12 +134,18 @@ def report(policy: Policy, results: dict[str, np.ndarray], seed_start: int) -> d
         "score": round(float(results["score"].mean()), 4),
         "score_ci95": [round(low, 4), round(high, 4)] if len(results["score"]) > 1 else None,  # JSON knows no infinity
         "success_rate": round(float(results["success"].mean()), 4),
+        **(stage_shares(results["score"], stages) if stages > 1 else {}),
         "mean_return": round(float(results["return"].mean()), 3),
         "latency_ms_p50": round(float(np.percentile(times, 50)), 3),
         "latency_ms_p99": round(float(np.percentile(times, 99)), 3),
         "nfe": nfe,
         "parameters": sum(p.numel() for p in policy.parameters()),
     }
+
+
+def stage_shares(score: np.ndarray, stages: int) -> dict[str, float]:
+    """p_k = mean[score >= k / stages], k = 1 .. stages, the measure of BlockPush and Kitchen. score (episodes,)."""
+    return {f"p{k}": round(float((score * stages > k - 0.5).mean()), 4) for k in range(1, stages + 1)}  # 0.5: of rounding
 
 
 def select(policy: Policy, task: envs.Task, episodes: int) -> dict[str, float]:
@@ -157,7 +166,7 @@ def finish(
     """
     results = rollout(policy, task, list(range(REPORT_SEED, REPORT_SEED + episodes)), film=True)
     write_gif(results["frames"], out / "rollout.gif")
-    line = report(policy, results, REPORT_SEED)
+    line = report(policy, results, REPORT_SEED, task.stages)
     film = f"watch {out / 'rollout.gif'}, " if results["frames"] else ""
     print(
         f"best policy, {episodes} unseen starts: score {number_text(line['score'])}, {interval_text(line)}, "
@@ -222,7 +231,7 @@ def main() -> None:
     start = time.perf_counter()
     seeds = list(range(cfg.seed_start, cfg.seed_start + cfg.episodes))
     results = rollout(policy, task, seeds, cfg.seed, film=bool(cfg.gif))
-    line = report(policy, results, cfg.seed_start)
+    line = report(policy, results, cfg.seed_start, task.stages)
     if cfg.json:
         print(json.dumps(line))
         if cfg.gif:

@@ -406,10 +406,10 @@ def record_expert(path: Path, env: gymnasium.Env, act: Callable[[np.ndarray], np
     save_episodes(path, ends, {key: np.stack([row[key] for row in rows]) for key in rows[0]})
 
 
-def record_metaworld(path: Path, task: str, view: str) -> None:
-    """Ten successes of Meta-World's own scripted expert."""
+def record_metaworld(path: Path, task: str, view: str, episodes: int = 10) -> None:
+    """Successes of Meta-World's own scripted expert."""
     env = MetaWorld(task, view)
-    record_expert(path, env, env.expert().get_action)
+    record_expert(path, env, env.expert().get_action, episodes)
 
 
 def plain_demos(arrays: Arrays, shapes: dict[str, tuple[int, ...]], action_dim: int) -> tuple[Arrays, np.ndarray]:

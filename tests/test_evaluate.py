@@ -153,6 +153,15 @@ def test_report_is_the_json_contract():
     assert line["parameters"] == sum(p.numel() for p in policy.parameters())
 
 
+def test_shares_of_episodes_with_so_many_subtasks_done():
+    thirds = np.array([0, 1, 1, 2, 3]) / 3
+    assert evaluate.stage_shares(thirds, 3) == {"p1": 0.8, "p2": 0.4, "p3": 0.2}
+    assert evaluate.stage_shares(thirds.astype(np.float32), 3) == {"p1": 0.8, "p2": 0.4, "p3": 0.2}  # rounded thirds count too
+    results = {"score": np.array([0.5, 1.0]), "success": np.array([False, True]), "return": np.array([1.0, 2.0])}
+    line = evaluate.report(make_policy(), results, 0, stages=2)
+    assert set(line) == CONTRACT | {"p1", "p2"} and (line["p1"], line["p2"]) == (1.0, 0.5)
+
+
 def test_report_of_one_episode_is_valid_json():
     results = {"score": np.array([0.5]), "success": np.array([False]), "return": np.array([10.0])}
     text = json.dumps(evaluate.report(make_policy(), results, 0))

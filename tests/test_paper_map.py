@@ -131,7 +131,17 @@ LEAVES = ["drift", "encoders", "pointcloud", "demos", "common"]
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     "manipulation": {"pointcloud"},
-    "envs": {"manipulation"},  # the simulators behind the rows of its table
+    "blockpush": {"manipulation"},  # drawing, and the writer of recorded episodes
+    "kitchen": {"manipulation"},
+    "robomimic_tasks": {"manipulation"},
+    "scripted": {"manipulation", "robomimic_tasks"},
+    "envs": {
+        "manipulation",
+        "blockpush",
+        "kitchen",
+        "robomimic_tasks",
+        "scripted",
+    },  # the simulators behind the rows of its table
     "policy": {"encoders", "common"},  # common: our one departure from leaves that stand alone, for save and load
     "evaluate": {"encoders", "policy", "demos", "envs", "common"},
     "dbp_train": {"drift", "encoders", "demos", "envs", "common", "policy", "evaluate"},
