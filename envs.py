@@ -660,7 +660,7 @@ def robomimic_task(task: str, absolute: bool, view: str) -> Task:
         demo_record=partial(scripted.record, task=task, absolute=absolute, view=view) if task in scripted.EXPERTS else None,
         demo_origin="our own scripted expert, not robomimic's humans",
         demo_scripted=task in scripted.EXPERTS,
-        train={"steps": 4_000, "eval_every": 2_000, "eval_episodes": 20, "report_episodes": 50},
+        train={"steps": 4_000, "eval_every": 2_000, "eval_episodes": 30, "report_episodes": 50, "obs_noise": 0.005},
     )
 
 

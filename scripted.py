@@ -17,6 +17,7 @@ from manipulation import save_episodes
 from robomimic_tasks import STEP, TURN, Robosuite, clip_norm, matrix, vector
 
 OPEN, CLOSED = -1.0, 1.0
+SHAKE = 0.02  # metres
 STILL = np.zeros(3)
 Move = tuple[np.ndarray, np.ndarray, float]
 DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])  # a hand that points down, its fingers closing along the world's y
@@ -46,7 +47,7 @@ def nearest(angle: float, to: float, period: float) -> float:
 
 
 class Script:
-    """Way-points for one arm. go() and hold() are generators of moves; noise makes no two episodes equal."""
+    """Way-points for one arm. go() and hold() are generators of moves."""
 
     def __init__(self, env: Robosuite, rng: np.random.Generator, arm: int = 0):
         self.env, self.rng, self.arm = env, rng, arm
@@ -76,7 +77,7 @@ class Script:
             if np.linalg.norm(error) < 0.03:
                 sum_error, sum_turn = clip_norm(sum_error + 0.3 * error, STEP), clip_norm(sum_turn + 0.3 * turn, TURN)
             move = clip_norm(2 * error + sum_error, speed)
-            yield move + self.rng.normal(0, 0.003, 3), clip_norm(turn + sum_turn, TURN / 2), grip
+            yield move, clip_norm(turn + sum_turn, TURN / 2), grip
 
     def hold(self, grip: float, steps: int) -> Iterator[Move]:
         for _ in range(steps):
@@ -251,14 +252,22 @@ def single(expert: Callable) -> Callable:
 EXPERTS = {"lift": single(lift), "can": single(can), "square": single(square), "transport": transport}
 
 
-def episode(env: Robosuite, seed: int) -> tuple[list[dict], bool]:
-    """One episode of the expert: rows of observations and actions, and whether it succeeded."""
+def episode(env: Robosuite, seed: int, shake: float = SHAKE) -> tuple[list[dict], bool]:
+    """One episode of the expert: rows of observations and actions, and whether it succeeded.
+
+    A hand is pushed off its way by up to `shake` metres per step, less where it moves slowly; the action that is kept is what the
+    expert meant (DART, Laskey et al. 2017): so the demonstrations show how to come back, which a policy needs after its own slips.
+    """
     obs, _ = env.reset(seed=seed)
-    rows, success, late = [], False, False
-    for moves in EXPERTS[env.task](env, np.random.default_rng(seed)):
-        action = env.command(moves)
-        rows.append({**obs, "actions": action})
-        obs, _, success, late, _ = env.step(action)
+    rng = np.random.default_rng(seed)
+    rows, success, late, level = [], False, False, rng.uniform(0, shake)
+    for moves in EXPERTS[env.task](env, rng):
+        pushed = [
+            (move + level * (0.2 + 0.8 * min(1.0, np.linalg.norm(move) / STEP)) * rng.normal(size=3), turn, grip)
+            for move, turn, grip in moves
+        ]
+        rows.append({**obs, "actions": env.command(moves)})
+        obs, _, success, late, _ = env.step(env.command(pushed))
         if success or late:
             break
     return rows, success
