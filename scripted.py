@@ -17,7 +17,7 @@ from manipulation import save_episodes
 from robomimic_tasks import STEP, TURN, Robosuite, clip_norm, matrix, vector
 
 OPEN, CLOSED = -1.0, 1.0
-SHAKE = 0.02  # metres
+SHAKE = {"lift": 0.02, "can": 0.02, "square": 0.02, "transport": 0.005}  # metres; a hammer that is pushed turns in the hand
 STILL = np.zeros(3)
 Move = tuple[np.ndarray, np.ndarray, float]
 DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])  # a hand that points down, its fingers closing along the world's y
@@ -211,10 +211,13 @@ def take(script: Script, side: float, events: set[str]) -> Iterator[Move]:
     trash = lambda up: env.body("trash_main")[0] + above(up)  # noqa: E731
     _, R = env.body("trash_main")
     hand = turned(nearest(yaw_of(R), -np.pi / 2, np.pi / 2))
-    yield from script.go(lambda: trash(0.15), hand, OPEN, 0.03)
-    yield from script.go(lambda: trash(0.0), hand, OPEN, 0.008)
-    yield from script.hold(CLOSED, 8)
-    yield from script.go(trash(0.28), hand, CLOSED, 0.04)
+    for _ in range(3):  # until it has it
+        yield from script.go(lambda: trash(0.15), hand, OPEN, 0.03)
+        yield from script.go(lambda: trash(0.0), hand, OPEN, 0.008)
+        yield from script.hold(CLOSED, 8)
+        yield from script.go(trash(0.28), hand, CLOSED, 0.04)
+        if trash(0.0)[2] > 0.95:
+            break
     bin_at = env.body("transport_trash_bin_root")[0] + about(rng, 0.02) + above(0.2)
     yield from script.go(bin_at, hand, CLOSED, 0.03)
     yield from script.hold(OPEN, 4)
@@ -252,15 +255,17 @@ def single(expert: Callable) -> Callable:
 EXPERTS = {"lift": single(lift), "can": single(can), "square": single(square), "transport": transport}
 
 
-def episode(env: Robosuite, seed: int, shake: float = SHAKE) -> tuple[list[dict], bool]:
+def episode(env: Robosuite, seed: int, shake: float | None = None) -> tuple[list[dict], bool]:
     """One episode of the expert: rows of observations and actions, and whether it succeeded.
 
-    A hand is pushed off its way by up to `shake` metres per step, less where it moves slowly; the action that is kept is what the
-    expert meant (DART, Laskey et al. 2017): so the demonstrations show how to come back, which a policy needs after its own slips.
+    A hand is pushed off its way by up to `shake` metres per step (none: SHAKE), less where it moves slowly; the action that is
+    kept is what the expert meant (DART, Laskey et al. 2017). So the demonstrations show how to come back, which a policy needs
+    after slips of its own.
     """
     obs, _ = env.reset(seed=seed)
     rng = np.random.default_rng(seed)
-    rows, success, late, level = [], False, False, rng.uniform(0, shake)
+    level = rng.uniform(0, SHAKE[env.task] if shake is None else shake)
+    rows, success, late = [], False, False
     for moves in EXPERTS[env.task](env, rng):
         pushed = [
             (move + level * (0.2 + 0.8 * min(1.0, np.linalg.norm(move) / STEP)) * rng.normal(size=3), turn, grip)
