@@ -164,15 +164,10 @@ def wait(script: Script, event: str, events: set[str], grip: float, limit: int =
         yield from script.go(at, hand, grip, within=0.0, limit=1)
 
 
-def hammer(env: Robosuite) -> np.ndarray:
-    """Direction of the handle, (3,), towards the first arm."""
-    axis = env.body("payload_root")[1][:, 2]
-    return axis if axis[1] < 0 else -axis
-
-
-def grip_point(env: Robosuite, along: float) -> np.ndarray:
-    """On the handle, so many metres from its middle towards the first arm."""
-    return env.body("payload_root")[0] + along * hammer(env)
+def on_handle(env: Robosuite, along: float) -> np.ndarray:
+    """On the hammer's axis, so many metres from the middle of the handle towards the head."""
+    at, R = env.body("payload_root")
+    return at + along * R[:, 2]
 
 
 def bring(script: Script, side: float, events: set[str]) -> Iterator[Move]:
@@ -188,14 +183,19 @@ def bring(script: Script, side: float, events: set[str]) -> Iterator[Move]:
     yield from script.go(aside + above(0.85), hand, CLOSED, 0.02, limit=30)
     yield from script.hold(OPEN, 4)
     yield from script.go(aside + above(1.0), hand, OPEN, 0.04)
-    end = lambda up: grip_point(env, 0.05) + above(up)  # noqa: E731
-    along = hammer(env)
-    yaw = nearest(np.arctan2(along[1], along[0]), np.pi / 2, np.pi)
-    yield from script.go(lambda: end(0.15), turned(yaw), OPEN, 0.02)
-    yield from script.go(lambda: end(0.0), turned(yaw), OPEN, 0.01)
+    _, R = env.body("payload_root")
+    grip = lambda up: on_handle(env, 0.0527) + above(up)  # the centre of mass: elsewhere the hammer turns in the hand  # noqa: E731
+    yaw = nearest(np.arctan2(R[1, 2], R[0, 2]), np.pi / 2, np.pi)
+    yield from script.go(lambda: grip(0.15), turned(yaw), OPEN, 0.02)
+    yield from script.go(lambda: grip(0.0), turned(yaw), OPEN, 0.005)
     yield from script.hold(CLOSED, 8)
-    yield from script.go(end(0.3), turned(yaw), CLOSED, 0.04)
-    yield from script.go(np.array([side, -0.045, 1.08]), turned(np.pi / 2), CLOSED, 0.02)
+    yield from script.go(grip(0.3), turned(yaw), CLOSED, 0.04)
+    if R[1, 2] > 0:  # the handle shall point to the other arm; the wrist can turn by half a turn in this sense only
+        yield from script.go(np.array([side, -0.35, 1.1]), turned(np.pi), CLOSED, 0.04)
+        yaw = 3 * np.pi / 2
+    else:
+        yaw = np.pi / 2
+    yield from script.go(np.array([side, 0.0, 1.08]), turned(yaw), CLOSED, 0.02)
     events.add("offered")
     yield from wait(script, "held", events, CLOSED)
     yield from script.hold(OPEN, 5)
@@ -224,7 +224,7 @@ def take(script: Script, side: float, events: set[str]) -> Iterator[Move]:
     hand = turned(-np.pi / 2)
     yield from script.go(np.array([side, 0.15, 1.25]), hand, OPEN, 0.04)
     yield from wait(script, "offered", events, OPEN)
-    end = lambda up: grip_point(env, -0.07) + above(up)  # noqa: E731
+    end = lambda up: on_handle(env, -0.07) + above(up)  # noqa: E731
     yield from script.go(lambda: end(0.1), hand, OPEN, 0.015)
     yield from script.go(lambda: end(0.0), hand, OPEN, 0.01)
     yield from script.hold(CLOSED, 8)
@@ -233,7 +233,7 @@ def take(script: Script, side: float, events: set[str]) -> Iterator[Move]:
     target = env.body("transport_target_bin_root")[0]
     now, _ = env.hand(1)
     yield from script.go(np.array([now[0], 0.3, 1.2]), hand, CLOSED, 0.05)
-    over = target + about(rng, 0.02) - 0.07 * hammer(env) * [1, 1, 0]  # its middle over the box's
+    over = target + about(rng, 0.02) - 0.07 * env.body("payload_root")[1][:, 2] * [1, 1, 0]  # its middle over the box's
     yield from script.go(over + above(0.27), hand, CLOSED, 0.03)
     yield from script.go(over + above(0.12), hand, CLOSED, 0.03, limit=30)
     yield from script.hold(OPEN, 15)
