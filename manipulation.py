@@ -386,24 +386,30 @@ def shift_scene(obs: dict[str, Tensor], offset: Tensor) -> dict[str, Tensor]:
 def record_expert(path: Path, env: gymnasium.Env, act: Callable[[np.ndarray], np.ndarray], episodes: int = 10) -> None:
     """Write `episodes` successes of an expert to path, an .npz: the observations' keys, action, episode_ends.
 
-    act: full state of the simulator (env.full) -> action. Starts: seeds from 4,000,000 on. ValueError where it fails too often.
+    Successes that took more than 1.6 times as long as the fastest are left out: there the expert missed and tried again, and from
+    ten demonstrations a policy learns to miss too. act: full state of the simulator (env.full) -> action. Starts: seeds from
+    4,000,000 on. ValueError where it fails too often.
     """
-    rows, ends, seed = [], [], 4_000_000
-    while len(ends) < episodes:
-        if seed == 4_000_000 + 10 * episodes:
-            raise ValueError(f"the expert succeeded in {len(ends)} of {10 * episodes} episodes only; {episodes} are needed")
+    found: list[list[dict]] = []
+    kept: list[list[dict]] = []
+    for seed in range(4_000_000, 4_000_000 + 10 * episodes):
         obs, _ = env.reset(seed=seed)
         episode, success, late = [], False, False
         while not (success or late):
             action = np.asarray(act(env.full)).clip(-1, 1).astype(np.float32)
             episode.append({**obs, "action": action})
             obs, _, success, late, _ = env.step(action)
-        if success:
-            rows += episode
-            ends.append(len(rows))
-        seed += 1
+        found += [episode] if success else []
+        kept = [episode for episode in found if len(episode) <= 1.6 * min(map(len, found))]
+        if len(kept) == episodes:
+            break
+    else:
+        raise ValueError(f"the expert succeeded at once in {len(kept)} of {10 * episodes} episodes only; {episodes} are needed")
     env.close()
-    save_episodes(path, ends, {key: np.stack([row[key] for row in rows]) for key in rows[0]})
+    rows = [row for episode in kept for row in episode]
+    save_episodes(
+        path, np.cumsum([len(episode) for episode in kept]), {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    )
 
 
 def record_metaworld(path: Path, task: str, view: str, episodes: int = 10) -> None:
