@@ -245,3 +245,34 @@ def test_an_experts_arrays_become_a_policy(tmp_path):
     np.testing.assert_allclose(
         manipulation.expert_policy(tmp_path / "expert.npz", 3, 2)(obs), 3 * (p["w1"] @ hidden + p["b1"]) + 1, rtol=1e-6
     )
+
+
+class Slow:
+    """An environment whose episodes take 4 steps, or 8 where the seed is odd, or fail where it ends in 2."""
+
+    full = np.zeros(1)
+
+    def reset(self, seed):
+        self.seed, self.steps = seed, 0
+        return {"state": np.zeros(2, np.float32)}, {}
+
+    def step(self, action):
+        self.steps += 1
+        last = self.steps == (8 if self.seed % 2 else 4)
+        success = last and self.seed % 10 != 2
+        return {"state": np.full(2, self.steps, np.float32)}, 0.0, success, last and not success, {}
+
+    def close(self):
+        pass
+
+
+def test_second_tries_are_not_recorded(tmp_path):
+    path = tmp_path / "slow.npz"
+    manipulation.record_expert(path, Slow(), lambda full: np.array([2.0, -0.5]), episodes=3)
+    with np.load(path) as file:
+        assert list(file["episode_ends"]) == [4, 8, 12]
+        assert file["action"].tolist() == [[1.0, -0.5]] * 12 and file["state"].shape == (12, 2)
+    with pytest.raises(ValueError, match="succeeded at once in 0 of 10 episodes only; 1 are needed"):
+        manipulation.record_expert(
+            path, type("Never", (Slow,), {"reset": lambda s, seed: Slow.reset(s, 4_000_002)})(), lambda f: f, 1
+        )
