@@ -661,6 +661,11 @@ def robomimic_task(task: str, absolute: bool, view: str) -> Task:
         demo_origin="our own scripted expert, not robomimic's humans",
         demo_scripted=task in scripted.EXPERTS,
         train={"steps": 4_000, "eval_every": 2_000, "eval_episodes": 30, "report_episodes": 50, "obs_noise": 0.005},
+        finetune={
+            "env_steps": 300_000,
+            "num_envs": 10,
+            "decisions": 40,
+        },  # a process of 200 MB each; SILENT: untried beyond a start
     )
 
 
