@@ -84,7 +84,7 @@ class Script:
             yield STILL, STILL, grip
 
 
-def lift(env: Robosuite, rng: np.random.Generator) -> Iterator[list[Move]]:
+def lift(env: Robosuite, rng: np.random.Generator) -> Iterator[Move]:
     """Two ways to grasp the cube: across either pair of its sides."""
     script = Script(env, rng)
     _, R = env.body("cube_main")
@@ -96,7 +96,7 @@ def lift(env: Robosuite, rng: np.random.Generator) -> Iterator[list[Move]]:
     yield from script.go(cube(0.2), hand, CLOSED)
 
 
-def can(env: Robosuite, rng: np.random.Generator) -> Iterator[list[Move]]:
+def can(env: Robosuite, rng: np.random.Generator) -> Iterator[Move]:
     """Two ways to grasp the can and two ways round to its bin."""
     script = Script(env, rng)
     hand = turned(rng.choice([0, np.pi / 2]) + rng.normal(0, 0.15))
@@ -116,7 +116,7 @@ def can(env: Robosuite, rng: np.random.Generator) -> Iterator[list[Move]]:
     yield from script.go(np.array([x, y, 1.1]), hand, OPEN)
 
 
-def square(env: Robosuite, rng: np.random.Generator) -> Iterator[list[Move]]:
+def square(env: Robosuite, rng: np.random.Generator) -> Iterator[Move]:
     """The square nut fits its peg in four ways; it goes on in any that the wrist can turn to."""
     script = Script(env, rng)
     body = "SquareNut_main"
@@ -150,9 +150,8 @@ def transport(env: Robosuite, rng: np.random.Generator) -> Iterator[list[Move]]:
     side = rng.choice([-0.1, 0.1])
     events: set[str] = set()
     bringing, taking = bring(Script(env, rng, 0), side, events), take(Script(env, rng, 1), side, events)
-    rest = [(STILL, STILL, OPEN), (STILL, STILL, OPEN)]
-    while len(events & {"brought", "taken"}) < 2:
-        yield [next(bringing, rest[0]), next(taking, rest[1])]
+    while not {"brought", "taken"} <= events:
+        yield [next(bringing), next(taking)]
 
 
 def wait(script: Script, event: str, events: set[str], grip: float, limit: int = 300) -> Iterator[Move]:
