@@ -93,9 +93,8 @@ def main() -> None:
         record.append(RESULTS, {"task": task, "train_seed": seed}, {**line, **extra})
     print(table(record.read(RESULTS)))
     for row in record.read(EXPERTS):
-        print(
-            f"expert of {row['task']}, undisturbed: {row['success_rate']:.2f} of {row['episodes']} episodes, {row['steps']:.0f} steps"
-        )
+        share, steps = f"{row['success_rate']:.2f} of {row['episodes']} episodes", f"{row['steps']:.0f} steps"
+        print(f"expert of {row['task']}, undisturbed: {share}, {steps}")
 
 
 if __name__ == "__main__":
