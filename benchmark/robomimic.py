@@ -91,7 +91,7 @@ def main() -> None:
         with np.load(ROOT / "data" / "recorded" / f"{task}.npz", allow_pickle=False) as file:
             extra = {"demos": len(file["episode_ends"]), "attempts": int(file["attempts"])}
         record.append(RESULTS, {"task": task, "train_seed": seed}, {**line, **extra})
-    print(table(record.read(RESULTS)))
+    print(table(record.read(RESULTS)) + "\n")
     for row in record.read(EXPERTS):
         share, steps = f"{row['success_rate']:.2f} of {row['episodes']} episodes", f"{row['steps']:.0f} steps"
         print(f"expert of {row['task']}, undisturbed: {share}, {steps}")
