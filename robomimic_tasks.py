@@ -348,7 +348,7 @@ def robomimic_demos(arrays: Arrays, task: str, absolute: bool, view: str) -> tup
 def check_file(env_args: dict, task: str, absolute: bool) -> None:
     """env_args: what robomimic writes of the environment that a file was recorded in."""
     name = env_args.get("env_name", SCENES[task].env)
-    if name.removesuffix("_D0") != SCENES[task].env:
+    if name != SCENES[task].env:
         raise ValueError(f"it was recorded in {name}, and this task is {SCENES[task].env}")
     controller = env_args.get("env_kwargs", {}).get("controller_configs") or {}
     arm = controller.get("body_parts", {}).get("right", controller)  # robosuite 1.5, or before
