@@ -1,4 +1,4 @@
-"""RoboMimic's five tasks on robosuite, their demonstrations, and scripted experts of our own.
+"""RoboMimic's five tasks on robosuite, and their demonstrations.
 
 Lift, Can, Square and Tool-Hang have one Panda arm, Transport two. Observations carry robomimic's names, so its files are read as
 they are; pictures are upright, as robomimic stores them.
@@ -102,18 +102,6 @@ def from_six(x: np.ndarray) -> np.ndarray:
     b = x[3:] - a * (a @ x[3:])
     b /= max(np.linalg.norm(b), 1e-9)
     return np.stack([a, b, np.cross(a, b)], -1)
-
-
-def quaternion_matrix(q: np.ndarray) -> np.ndarray:
-    """x y z w -> (3, 3)"""
-    x, y, z, w = q / np.linalg.norm(q)
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-        ]
-    )
 
 
 def to_network(actions: np.ndarray, arms: int) -> np.ndarray:

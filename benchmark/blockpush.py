@@ -12,8 +12,6 @@ line that is there is not run again, a run that was cut is resumed.
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -85,12 +83,7 @@ def main() -> None:
         record.append(RESULTS, {"who": "oracle"}, try_oracle(starts))
     for seed in [] if cfg.print else [seed for seed in cfg.seeds if f"policy, seed {seed}" not in done]:
         out = ROOT / "runs" / "benchmark" / f"blockpush-{seed}"
-        if not (out / "result.json").is_file():
-            resume = ["--resume"] if (out / "state.pt").is_file() else []
-            command = [sys.executable, "dbp_train.py", "--env", "blockpush", "--seed", str(seed), "--out", str(out), *resume]
-            print(" ".join(command), flush=True)
-            subprocess.run(command, cwd=ROOT, check=True)
-        trained = json.loads((out / "result.json").read_text().splitlines()[-1])
+        trained = record.run("dbp_train.py", out, ["--env", "blockpush", "--seed", str(seed)])
         kept = {name: trained[name] for name in ("latency_ms_p50", "nfe", "parameters", "wall_s")}
         record.append(RESULTS, {"who": f"policy, seed {seed}"}, {**try_policy(out / "dbp.pt", starts), **kept})
     print(table(record.read(RESULTS)))

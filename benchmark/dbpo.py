@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,16 +41,6 @@ class Config:
     only: str = ""  # run one group only; empty: all
     seeds: tuple[int, ...] = (0, 1, 2)  # training seeds
     print: bool = False  # print the table and draw the picture of what there is, run nothing
-
-
-def run(script: str, out: Path, flags: list[str]) -> dict:
-    """The result line of one training; a finished one is not run again, a cut one is resumed."""
-    if not (out / "result.json").is_file():
-        resume = ["--resume"] if (out / "state.pt").is_file() else []
-        command = [sys.executable, script, "--out", str(out), *flags, *resume]
-        print(" ".join(command), flush=True)
-        subprocess.run(command, cwd=ROOT, check=True)
-    return json.loads((out / "result.json").read_text().splitlines()[-1])
 
 
 def curve(out: Path) -> list[list[float]]:
@@ -120,9 +107,9 @@ def main() -> None:
         task, source, flags = GROUPS[group]
         demos = {"HOPPER": cfg.hopper, "HUMAN": cfg.human}.get(source, source)
         stage1 = RUNS / f"{task}-stage1-{seed}"
-        before = run("dbp_train.py", stage1, ["--env", task, "--demos", demos, "--seed", str(seed)])
+        before = record.run("dbp_train.py", stage1, ["--env", task, "--demos", demos, "--seed", str(seed)])
         out = RUNS / f"dbpo-{group}-{seed}"
-        line = run("dbpo_finetune.py", out, ["--env", task, "--ckpt", str(stage1 / "dbp.pt"), "--seed", str(seed), *flags])
+        line = record.run("dbpo_finetune.py", out, ["--env", task, "--ckpt", str(stage1 / "dbp.pt"), "--seed", str(seed), *flags])
         extra = {"stage1": before["score"], "stage1_success": before["success_rate"], "curve": curve(out)}
         record.append(RESULTS, {"group": group, "train_seed": seed}, {**line, **extra})
     rows = record.read(RESULTS)

@@ -13,7 +13,6 @@ resumed. The paper follows MP1 with 34 of the tasks and does not list them; the 
 from __future__ import annotations
 
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -59,16 +58,9 @@ def table(rows: list[dict]) -> str:
 
 
 def run(task: str, seed: int, cfg: Config) -> dict:
-    """The result line of one training; a finished one is not run again, a cut one is resumed."""
-    out = RUNS / f"{task}-points-{seed}"
-    if not (out / "result.json").is_file():
-        demos = f"{cfg.adroit}/{task.replace('-', '_')}_expert.npz" if task.startswith("adroit") else "embedded"
-        flags = ["--demos", demos, "--seed", str(seed), "--report-episodes", str(cfg.episodes), "--device", cfg.device]
-        flags += ["--resume"] if (out / "state.pt").is_file() else []
-        command = [sys.executable, "dbp_train.py", "--env", f"{task}-points", "--out", str(out), *flags]
-        print(" ".join(command), flush=True)
-        subprocess.run(command, cwd=ROOT, check=True)
-    return json.loads((out / "result.json").read_text().splitlines()[-1])
+    demos = f"{cfg.adroit}/{task.replace('-', '_')}_expert.npz" if task.startswith("adroit") else "embedded"
+    flags = ["--demos", demos, "--seed", str(seed), "--report-episodes", str(cfg.episodes), "--device", cfg.device]
+    return record.run("dbp_train.py", RUNS / f"{task}-points-{seed}", ["--env", f"{task}-points", *flags])
 
 
 def main() -> None:

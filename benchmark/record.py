@@ -1,10 +1,11 @@
-"""Raw results of the tables: one JSON line per finished run, stamped with what it was run with and on."""
+"""Runs of the tables and their raw results: one JSON line per finished run, stamped with what it was run with and on."""
 
 from __future__ import annotations
 
 import json
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +14,16 @@ ROOT = Path(__file__).parent.parent
 
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def run(script: str, out: Path, flags: list[str]) -> dict:
+    """The result line of one training; a finished one is not run again, a cut one is resumed."""
+    if not (out / "result.json").is_file():
+        resume = ["--resume"] if (out / "state.pt").is_file() else []
+        command = [sys.executable, script, "--out", str(out), *flags, *resume]
+        print(" ".join(command), flush=True)
+        subprocess.run(command, cwd=ROOT, check=True)
+    return json.loads((out / "result.json").read_text().splitlines()[-1])
 
 
 def append(path: Path, key: dict, line: dict) -> None:

@@ -13,8 +13,6 @@ benchmark/results/robomimic.jsonl; a line that is there is not run again, a run 
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -53,17 +51,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def run(task: str, seed: int) -> dict:
-    """The result line of one training; a finished one is not run again, a cut one is resumed."""
-    out = ROOT / "runs" / "benchmark" / f"{task}-{seed}"
-    if not (out / "result.json").is_file():
-        resume = ["--resume"] if (out / "state.pt").is_file() else []
-        flags = ["--env", task, "--out", str(out), "--demos", "scripted", "--seed", str(seed), *resume]
-        print("dbp_train.py", *flags, flush=True)
-        subprocess.run([sys.executable, "dbp_train.py", *flags], cwd=ROOT, check=True)
-    return json.loads((out / "result.json").read_text().splitlines()[-1])
-
-
 def measure(task: str, episodes: int) -> dict:
     """The expert's own success, nobody pushing its hand."""
     env, outcomes = Robosuite(task, False, "state"), []
@@ -87,7 +74,8 @@ def main() -> None:
             print(record.read(EXPERTS)[-1], flush=True)
         return
     for task, seed in [] if cfg.print else [(t, s) for s in cfg.seeds for t in cfg.tasks if (t, s) not in done]:
-        line = run(task, seed)
+        flags = ["--env", task, "--demos", "scripted", "--seed", str(seed)]
+        line = record.run("dbp_train.py", ROOT / "runs" / "benchmark" / f"{task}-{seed}", flags)
         with np.load(ROOT / "data" / "recorded" / f"{task}.npz", allow_pickle=False) as file:
             extra = {"demos": len(file["episode_ends"]), "attempts": int(file["attempts"])}
         record.append(RESULTS, {"task": task, "train_seed": seed}, {**line, **extra})
