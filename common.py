@@ -138,7 +138,7 @@ def read_config(cls: type, description: str, defaults: Callable, folder: str, fr
 
 def keep_earlier_run(out: Path, say: Callable[[str], None]) -> None:
     """Move a run that lies in `out` aside, to the first free of <out>.1, <out>.2, ...: nothing is overwritten."""
-    if not any((out / name).exists() for name in ("config.json", "state.pt", "dbp.pt", "dbpo.pt")):
+    if not any((out / name).exists() for name in ("config.json", "state.pt", "dbp.pt", "dbpo.pt", "dfp.pt")):
         return
     number = next(n for n in range(1, 10_000) if not Path(f"{out}.{n}").exists())
     with plain_errors():

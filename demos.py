@@ -6,10 +6,11 @@ they have in the file; the task (envs.py) turns them into its observation and it
 
     file                             reader       arrays
     name.zarr (folder), name.zip     read_zarr    data/<name>, meta/episode_ends
-    name.npz                         read_npz     <name>, episode_ends
+    name.npz                         read_npz     <name>, episode_ends; or OGBench's: episodes end where terminals is true
     name.hdf5                        read_hdf5    <name>, episode_ends; or D4RL's: <name>, and episodes end where terminals or
                                                   timeouts is true; or robomimic's: data/demo_<k>/<name> or .../obs/<name>
-    folder                           read_padded  <name>.npy, (T, B, ...), of which existence_mask.npy, (T, B), says what is real
+    folder                           read_folder  pieces of one set, *.npz as above, in the order of their names; or <name>.npy,
+                                                  (T, B, ...), of which existence_mask.npy, (T, B), says what is real
     minari:<id>                      read_minari  observations, actions, rewards; of a dict, observations/<key>
 
 Pictures, (steps, H, W, 3), of zarr and of robomimic's files are never in memory as a whole: they go, as uint8, into a plain file
@@ -90,6 +91,16 @@ for _name in ("lift", "can", "square", "transport", "tool-hang"):  # 200 episode
         official_episodes=200,
         official_steps=None,
     )
+OGBENCH_URL = "https://rail.eecs.berkeley.edu/datasets/ogbench/cube-{}-play-v0.npz"
+OGBENCH_STEPS = {"single": 1_001_000, "double": 1_001_000, "triple": 3_003_000, "quadruple": 5_005_000}
+for _name, _steps in OGBENCH_STEPS.items():
+    for _task in range(1, 6):  # one play for all tasks of a size
+        SOURCES[f"cube-{_name}-task{_task}"] = Source(
+            embedded=f"recorded/cube-{_name}-play.npz",
+            official_url=OGBENCH_URL.format(_name),
+            official_steps=_steps,
+            tolerance=_steps // 500,  # with or without the last observation of each episode of 1,000 steps
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +224,8 @@ def read_npz(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in names if name in file}
+            if "episode_ends" not in file and "terminals" in file:
+                return arrays, np.flatnonzero(file["terminals"]) + 1
             return arrays, file["episode_ends"]
     except Exception as error:  # a damaged file fails in many ways, in zip, zlib or numpy; all mean the same
         raise ValueError(
@@ -380,13 +393,26 @@ def read_padded(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
     return {name: np.swapaxes(array, 0, 1)[real] for name, array in padded.items()}, np.cumsum(lengths)
 
 
+def read_folder(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
+    """A set in several .npz files, as OGBench's largest ones are, of which one at a time is unpacked; or a padded set."""
+    files = sorted(path.glob("*.npz"))
+    if not files:
+        return read_padded(path, names)
+    pieces = [read_npz(file, names) for file in files]
+    if len({tuple(sorted(arrays)) for arrays, _ in pieces}) > 1:
+        raise ValueError(f"{path}: the pieces hold different arrays; they must be of one set")
+    before = np.cumsum([0, *(len(next(iter(arrays.values()))) if arrays else 0 for arrays, _ in pieces[:-1])])
+    ends = np.concatenate([start + ends for start, (_, ends) in zip(before, pieces, strict=True)])
+    return {name: np.concatenate([arrays[name] for arrays, _ in pieces]) for name in pieces[0][0]}, ends
+
+
 READERS: dict[str, Callable[[Path, Sequence[str]], tuple[Arrays, np.ndarray]]] = {
     ".zarr": read_zarr,
     ".zip": read_zarr,
     ".npz": read_npz,
     ".hdf5": read_hdf5,
     ".h5": read_hdf5,
-    "folder": read_padded,
+    "folder": read_folder,
 }
 
 
@@ -425,7 +451,7 @@ def load(
         raise ValueError(f"{task} has no {source} demonstrations; give --demos PATH")
     if source in ("embedded", "scripted"):
         path = DATA / (SOURCES[task].embedded if task in SOURCES else f"recorded/{task}.npz")
-        path = path.with_stem(f"{task}-{count}") if count else path
+        path = path.with_stem(f"{path.stem}-{count}") if count else path
         if record is not None and not path.exists():
             print(f"recording demonstrations -> {path}", flush=True)
             record(path, episodes=int(count)) if count else record(path)

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 
 import blockpush
+import cubes
 import kitchen
 import manipulation
 import robomimic_tasks
@@ -61,12 +62,16 @@ class Task:
     demo_origin: str = ""  # ... and who acts there
     demo_scripted: bool = False  # ... it is a scripted expert, and demo_record takes episodes=N
     demo_expert: Callable[[Path, Path], None] | None = None  # (file to make, policy) the same with an expert policy that is given
+    # For dfp_finetune.py. Observations -> reward and end of each step, as the environment would have given them; None: the reward
+    # is -1 per step until success, with which every demonstration ends.
+    demo_rewards: Callable[[Arrays], tuple[np.ndarray, np.ndarray]] | None = None
     shift: Callable[[dict, torch.Tensor], dict] | None = None  # the observation of a scene that stands elsewhere
     make_training: Callable[[int, int], object] | None = None  # the same for dbpo_finetune.py, where another is faster
     side_by_side: int = 100  # environments of an evaluation; one that draws takes 100 MB
     stages: int = 1  # subtasks of an episode; score is the share of them that is done
     train: dict[str, object] = dataclasses.field(default_factory=dict)  # defaults of dbp_train.py that this task changes
     finetune: dict[str, object] = dataclasses.field(default_factory=dict)  # and of dbpo_finetune.py
+    improve: dict[str, object] = dataclasses.field(default_factory=dict)  # and of dfp_finetune.py
 
     def check(self, obs_steps: int) -> None:
         """Build one environment and look at it: ImportError or ValueError where a simulator is missing or cannot draw."""
@@ -609,8 +614,9 @@ def adroit_task(task: str, view: str) -> Task:
         demo_arrays=("observations", "actions", "rewards", *shapes, "action"),
         demo_convert=partial(manipulation.adroit_demos, shapes=shapes, action_dim=actions),
         demo_expert=partial(manipulation.record_adroit, task=task, view=view),
-        train={"obs_steps": 2, "horizon": 4, "action_steps": 3, "batch_size": 128, "steps": 3_000, "eval_every": 1_500}
-        | {"eval_episodes": 20, "report_episodes": 20},
+        train={"obs_steps": 2, "horizon": 4, "action_steps": 3, "batch_size": 64, "steps": 3_000, "eval_every": 1_500}
+        | {"eval_episodes": 20, "report_episodes": 20}
+        | ({"point_widths": (32, 64, 128)} if view == "points" else {}),
     )
 
 
@@ -666,6 +672,27 @@ def robomimic_task(task: str, absolute: bool, view: str) -> Task:
             "num_envs": 10,
             "decisions": 40,
         },  # a process of 200 MB each; SILENT: untried beyond a start
+    )
+
+
+def cube_task(size: str, task: int) -> Task:
+    return Task(
+        name=f"cube-{size}-task{task}",
+        score="success",
+        obs_shapes={"state": (cubes.features(size),)},
+        action_dim=cubes.ACTIONS,
+        make=partial(GymVector, partial(cubes.Cubes, size, task), processes=True),
+        make_training=partial(GymVector, partial(cubes.Cubes, size, task)),  # one environment: no need to wait for messages
+        side_by_side=10,  # a model of 80 MB each
+        demo_arrays=("state", "action", "observations", "actions"),
+        demo_convert=partial(cubes.play_demos, size=size),
+        demo_record=partial(cubes.record_play, size=size),
+        demo_origin="play of OGBench's own oracle, recorded here",
+        demo_scripted=True,
+        demo_rewards=partial(cubes.rewards, size=size, task=task),
+        # OGBench's policies look at the newest state alone
+        train={"obs_steps": 1, "horizon": 5, "action_steps": 5, "temperatures": (0.05,), "steps": 10_000, "eval_every": 5_000}
+        | {"obs_noise": 0.0, "latent_scale": 1.0, "report_episodes": 50},
     )
 
 
@@ -757,6 +784,7 @@ TASKS |= {task.name: task for body in BODIES for level in ("medium", "medium-exp
 TASKS |= {
     task.name: task for name in manipulation.ADROIT for view in ("state", "image", "points") for task in [adroit_task(name, view)]
 }
+TASKS |= {task.name: task for size in cubes.SIZES for k in range(1, cubes.TASKS + 1) for task in [cube_task(size, k)]}
 TASKS |= {
     task.name: task
     for name in robomimic_tasks.SCENES

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,11 +46,11 @@ class PolicyConfig:
     horizon: int = 16  # Tp
     action_steps: int = 8  # Ta
     latent_scale: float = 1.0  # std of the latents drawn when acting; Eq. (7): 1
-    backbone: str = "mlp"  # "mlp" or "unet"
+    backbone: str = "mlp"  # "mlp", "plain" or "unet"
     cond_width: int = 512  # mlp: features of the observation trunk
     cond_depth: int = 2  # mlp: its residual blocks
-    width: int = 128  # mlp: features of the chunk trunk
-    depth: int = 2  # mlp: its residual blocks
+    width: int = 128  # mlp: features of the chunk trunk; plain: of each layer
+    depth: int = 2  # mlp: its residual blocks; plain: layers
     channels: tuple[int, ...] = (512, 1024, 2048)  # unet: Table VIII
     kernel_size: int = 5  # unet: Table VIII
     cond_dim: int = 256  # unet: Table VIII
@@ -62,6 +63,10 @@ class PolicyConfig:
     point_widths: tuple[int, ...] = (64, 128, 256)  # clouds: features of each point, layer by layer
     point_dim: int = 64  # clouds: features of the cloud
     cloud_origin: str = ""  # clouds: xyz is measured from the first three numbers of this observation; empty: from the frame's
+    candidates: int = 1  # DFP: N', chunks of one call, of which the critic's favourite is executed; 1: no critic
+    critic_trunk: int = 0  # DFP: features of two layers that see the observation alone; 0: none, as published
+    critic_width: int = 512  # DFP: features of each layer of the critic
+    critic_depth: int = 4  # DFP: its layers
 
 
 def check_horizons(obs_steps: int, horizon: int, action_steps: int) -> None:
@@ -139,6 +144,22 @@ class ResidualMLP(nn.Module):
         h = self.embed_z(z.flatten(2)) + shifts[0]  #                        (B, G, width)
         for block, shift in zip(self.blocks, shifts[1:], strict=True):
             h = block(h, shift)
+        return self.head(h).view_as(z)  #                                    (B, G, Tp, Da)
+
+
+class PlainMLP(nn.Module):
+    """DFP's actor: no residuals, GELU. The observation's part of the first layer is computed once per observation."""
+
+    def __init__(self, chunk_dim: int, cond_dim: int, width: int, depth: int):
+        super().__init__()
+        self.embed_cond, self.embed_z = nn.Linear(cond_dim, width), nn.Linear(chunk_dim, width, bias=False)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
+        self.head = nn.Linear(width, chunk_dim)
+
+    def forward(self, z: Tensor, cond: Tensor) -> Tensor:
+        h = F.gelu(self.embed_z(z.flatten(2)) + self.embed_cond(cond).unsqueeze(1))  # (B, G, width)
+        for layer in self.layers:
+            h = F.gelu(layer(h))
         return self.head(h).view_as(z)  #                                    (B, G, Tp, Da)
 
 
@@ -227,6 +248,8 @@ def make_backbone(config: PolicyConfig, cond_dim: int) -> nn.Module:
     if config.backbone == "mlp":
         chunk_dim = config.horizon * config.action_dim
         return ResidualMLP(chunk_dim, cond_dim, config.cond_width, config.cond_depth, config.width, config.depth)
+    if config.backbone == "plain":
+        return PlainMLP(config.horizon * config.action_dim, cond_dim, config.width, config.depth)
     if config.backbone == "unet":
         factor = 2 ** (len(config.channels) - 1)
         if config.horizon % factor:
@@ -235,7 +258,7 @@ def make_backbone(config: PolicyConfig, cond_dim: int) -> nn.Module:
                 f"be a multiple of {factor}"
             )
         return ConditionalUNet1D(config.action_dim, cond_dim, config)
-    raise ValueError(f"backbone is {config.backbone!r}; it must be mlp or unet")
+    raise ValueError(f"backbone is {config.backbone!r}; it must be mlp, plain or unet")
 
 
 # --- the policy -------------------------------------------------------------------------------------------------------
@@ -269,6 +292,10 @@ class Policy(nn.Module):
         image["shared"] = config.shared_cameras
         self.encoder = Encoder(config.obs_shapes, image, {"widths": config.point_widths, "dim": config.point_dim})
         self.backbone = make_backbone(config, config.obs_steps * self.encoder.feature_dim)
+        if config.candidates > 1:
+            chunk_dim = config.action_steps * config.action_dim
+            cond_dim = config.obs_steps * self.encoder.feature_dim
+            self.critic = QEnsemble(cond_dim, chunk_dim, config.critic_trunk, config.critic_width, config.critic_depth)
 
     def fit_normalizers(self, obs: Mapping[str, np.ndarray], actions: np.ndarray) -> None:
         """obs {key: (N, *shape)}, actions (N, Da): all steps of the demonstrations, environment units."""
@@ -298,12 +325,16 @@ class Policy(nn.Module):
         return self.backbone(z, self.encode(obs))
 
     def sample_latents(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Latents to act with, (batch, Tp, Da), with std `latent_scale`.
+        """Latents to act with, (batch, Tp, Da) or, where a critic picks, (batch, N', Tp, Da), with std `latent_scale`.
 
         DEPARTS below 1 the policy stays nearer to the middle of each mode and its rare bad chunks become rarer (README, tuning);
         0 puts it between the modes.
         """
-        return self.config.latent_scale * torch.randn(batch, self.config.horizon, self.config.action_dim, generator=generator)
+        return self.config.latent_scale * torch.randn(self._latent_shape(batch), generator=generator)
+
+    def _latent_shape(self, batch: int) -> tuple[int, ...]:
+        c = self.config
+        return (batch, *((c.candidates,) if c.candidates > 1 else ()), c.horizon, c.action_dim)
 
     @torch.no_grad()
     def act(
@@ -312,10 +343,10 @@ class Policy(nn.Module):
         z: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The executed prefix of one chunk, Eq. (22), in exactly one forward pass.
+        """The executed prefix of one chunk, Eq. (22), in exactly one forward pass; of several where a critic picks one (DFP).
 
-        Args: obs {key: (B, To, *shape)}, arrays or tensors, environment units; z (B, Tp, Da): the latent, drawn by
-            `sample_latents` with `generator` (a CPU generator) if None.
+        Args: obs {key: (B, To, *shape)}, arrays or tensors, environment units; z (B, Tp, Da), or (B, N', Tp, Da): the latents,
+            drawn by `sample_latents` with `generator` (a CPU generator) if None.
         Returns: (B, Ta, Da), environment units, on the policy's device: chunk indices To-1 ... To-1+Ta-1.
         Raises: ValueError for a missing key, a shape that does not fit, or images that are not uint8.
         """
@@ -338,10 +369,22 @@ class Policy(nn.Module):
         batch = len(next(iter(tensors.values())))
         if z is None:
             z = self.sample_latents(batch, generator)
-        if z.shape != (batch, c.horizon, c.action_dim):
-            raise ValueError(f"z has shape {tuple(z.shape)}; it must be {(batch, c.horizon, c.action_dim)}")
-        chunk = self(tensors, z.to(device).unsqueeze(1))[:, 0]  #            (B, Tp, Da)
-        return self.normalize_action.inverse(self.executed(chunk).float())
+        if z.shape != self._latent_shape(batch):
+            raise ValueError(f"z has shape {tuple(z.shape)}; it must be {self._latent_shape(batch)}")
+        if c.candidates > 1:
+            cond = self.encode(tensors)
+            prefix = best_of(*self.propose(cond, z.to(device)))  #           (B, Ta, Da)
+        else:
+            prefix = self.executed(self(tensors, z.to(device).unsqueeze(1))[:, 0])
+        return self.normalize_action.inverse(prefix.float())
+
+    def propose(self, cond: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """DFP: candidates and what the critic says of them. cond (B, C), z (B, N', Tp, Da) -> (B, N', Ta, Da), Q (B, N').
+
+        The mean of the two critics; actions are kept in the range of the data, outside of which the critic was never right.
+        """
+        chunks = self.executed(self.backbone(z, cond)).clamp(-1, 1)
+        return chunks, self.critic(cond, chunks).mean(0)
 
     def executed(self, chunk: Tensor) -> Tensor:
         """Eq. (22): the prefix that is executed, indices To-1 ... To-1+Ta-1. (..., Tp, Da) -> (..., Ta, Da)."""
@@ -428,6 +471,57 @@ class Critic(nn.Module):
 
     def forward(self, cond: Tensor) -> Tensor:
         return self.layers(cond).squeeze(-1)
+
+
+class EnsembleLinear(nn.Module):
+    """One linear layer of each member, as one batched product. (E, R, in) -> (E, R, out), nn.Linear's initialisation."""
+
+    def __init__(self, members: int, features_in: int, features_out: int):
+        super().__init__()
+        bound = features_in**-0.5
+        self.weight = nn.Parameter(torch.empty(members, features_in, features_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, features_out).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class QEnsemble(nn.Module):
+    """Q_e(o, chunk), DFP's critics: the return to come if this chunk is executed from o. MLPs with GELU and LayerNorm.
+
+    All members and all candidates are one pass. What depends on the observation alone, the optional trunk and its part of the
+    first layer, is computed once per observation, not once per candidate.
+    """
+
+    def __init__(self, cond_dim: int, chunk_dim: int, trunk: int = 0, width: int = 512, depth: int = 4, members: int = 2):
+        super().__init__()
+        self.members = members
+        sizes = [cond_dim, trunk, trunk, width] if trunk else [cond_dim, width]
+        self.cond_layers = nn.ModuleList(EnsembleLinear(members, *pair) for pair in itertools.pairwise(sizes))
+        self.embed_chunk = EnsembleLinear(members, chunk_dim, width)
+        self.gains = nn.Parameter(torch.ones(depth, members, 1, width))  # of the LayerNorms, each member its own
+        self.shifts = nn.Parameter(torch.zeros(depth, members, 1, width))
+        self.layers = nn.ModuleList(EnsembleLinear(members, width, width) for _ in range(depth - 1))
+        self.head = EnsembleLinear(members, width, 1)
+
+    def forward(self, cond: Tensor, chunks: Tensor) -> Tensor:
+        """cond (B, C), chunks (B, N, Ta, Da), normalised actions -> (E, B, N)."""
+        B, N = chunks.shape[:2]
+        c = cond.expand(self.members, -1, -1)  #                             (E, B, C)
+        for layer in self.cond_layers[:-1]:
+            c = F.layer_norm(F.gelu(layer(c)), layer.bias.shape[-1:])
+        c = self.cond_layers[-1](c)  #                                       (E, B, width)
+        h = self.embed_chunk(chunks.flatten(2).flatten(0, 1).expand(self.members, -1, -1))  # (E, B*N, width)
+        h = (h.unflatten(1, (B, N)) + c.unsqueeze(2)).flatten(1, 2)
+        for k, (gain, shift) in enumerate(zip(self.gains, self.shifts, strict=True)):
+            h = self.layers[k - 1](h) if k else h
+            h = F.layer_norm(F.gelu(h), h.shape[-1:]) * gain + shift
+        return self.head(h).view(self.members, B, N)
+
+
+def best_of(chunks: Tensor, q: Tensor) -> Tensor:
+    """The chunk of highest Q of each observation. chunks (B, N, Ta, Da), q (B, N) -> (B, Ta, Da)."""
+    return chunks[torch.arange(len(q), device=q.device), q.argmax(1)]
 
 
 class EMA:

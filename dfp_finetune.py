@@ -1,0 +1,655 @@
+"""Drifting Field Policy (DFP): a one-step policy, improved off-policy towards the actions that a critic likes best.
+
+    python dfp_finetune.py --env cube-single-task2 --offline-steps 300 --online-steps 300     proves the installation
+    python dfp_finetune.py --env cube-single-task2                     records play first, then learns; an hour on two cores
+    python dfp_finetune.py --env cube-double-task2 --preset paper      the published settings; wants a GPU
+    python dfp_finetune.py --env cube-single-task2 --resume            go on where a run was stopped
+
+The loss is DBP's (drift.py) with other positives. Offline, the positive is the chunk of the data: L_BC. Online, a second term
+with the same samples is added, L_BC + lambda L_topK, whose positives are those K of N chunks, proposed by an older self, that the
+critic values highest. No gradient of the critic enters the policy: the drift pulls towards good actions that exist.
+
+    cond     observation                     (B, C)         chunk    h actions of the data, normalised   (B, h, Da)
+    z        latents                         (B, ., h, Da)  Q        mean of two critics: the return to come
+    N_gen    samples that are trained        8              N        proposals of pi_old                 16
+    K        of them that are positives      4              N'       candidates when acting, of which the best is executed
+
+Critic: Q(o_t, chunk) -> sum_{i<h} gamma^i r_{t+i} + gamma^h Qbar(o_{t+h}, a'), a' the best of N' samples by the critic, valued
+by its slow copy; nothing follows a step that ended the task. Acting: best of N', then the chunk runs to its end without another
+look. One call of the network gives all candidates. Source: Drifting Field Policy, Koo et al. 2026, and its released settings.
+
+All results are in runs/<env>/dfp/: offline.pt and dfp.pt (policy and critic; evaluate.py reads them), state.pt (what --resume
+needs, the online steps of the buffer included), config.json, metrics.csv, curve.png, rollout.gif, result.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import demos
+import envs
+import evaluate
+from common import (
+    RunLog,
+    UserError,
+    catch_signals,
+    keep_earlier_run,
+    plain_errors,
+    read_config,
+    run_main,
+    save_checkpoint,
+    seed_everything,
+    usable_device,
+)
+from drift import dbp_loss
+from encoders import kind
+from policy import Policy, PolicyConfig, best_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Defaults are the preset `fast`; the preset `paper` changes what PRESETS lists."""
+
+    env: str = "cube-single-task2"  # task, a row of envs.TASKS with state observations
+    demos: str = "embedded"  # offline data: embedded, official, scripted:N (episodes), minari:ID or a path
+    ckpt: str = ""  # stage-1 policy to start the actor from; empty: from scratch
+    method: Literal["dfp", "best-of-n", "random-k", "gradient"] = "dfp"  # rivals on the same path, see METHODS
+    preset: Literal["fast", "paper"] = "fast"  # fast: two cores, an hour; paper: the published settings
+    out: str = ""  # run folder; empty: runs/<env>/dfp
+    resume: bool = False  # go on from state.pt in the run folder, bit for bit
+    seed: int = 0  # of networks, minibatches, latents and episode starts
+    device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
+    threads: int = 0  # of torch on the CPU; 0: as torch likes
+    compile: bool = False  # torch.compile the networks
+
+    offline_steps: int = 20_000  # updates before the first step in the environment; published: 1,000,000
+    online_steps: int = 20_000  # environment steps after that; published: 1,000,000
+    start_after: int = 2_000  # of these, steps before the first online update; published: 5,000
+    updates_per_step: int = 1  # online updates per environment step; published: 1
+    num_envs: int = 1  # environments; published: 1
+
+    horizon: int = 5  # h, actions of a chunk, all executed; published: 5
+    gamma: float = 0.99  # discount per step; published: 0.99
+    batch_size: int = 128  # B; published: 256
+    lr: float = 3e-4  # of Adam, actor and critic; published: 3e-4
+    hypotheses: int = 4  # N_gen; published: 8
+    temperatures: tuple[float, ...] = (0.05,)  # T of the drift; published: 0.05, on RoboMimic 0.005 and 0.05
+    proposals: int = 16  # N; published: 16
+    positives: int = 4  # K; published: 4, on RoboMimic 2
+    topk_weight: float = 0.5  # lambda; published: 0.5. Of the value's term where --method is gradient
+    candidates: int = 8  # N', of acting and of the critic's target; published: 16, on RoboMimic 4
+    old_rate: float = 1e-4  # pi_old follows the actor by so much per update; published: 1e-4
+    target_rate: float = 5e-3  # the critic's slow copy, likewise; published: 0.005
+
+    backbone: Literal["mlp", "plain"] = "mlp"  # mlp: small residual MLP; plain: published, 4 layers of 512
+    cond_width: int = 256  # mlp: features of the observation trunk
+    width: int = 128  # mlp: features of the chunk trunk; plain: of each layer
+    depth: int = 2  # mlp: residual blocks of each trunk; plain: layers
+    critic_trunk: int = 256  # features of two layers of the critics that see the observation alone; 0: none, as published
+    critic_width: int = 128  # features of each layer of the critics; published: 512
+    critic_depth: int = 3  # their layers; published: 4
+
+    eval_every: int = 5_000  # updates or environment steps between evaluations; the best by score is kept
+    eval_episodes: int = 30  # episodes of such an evaluation, starts from seed 50,000 on
+    report_episodes: int = 50  # episodes of the final ones, starts from seed 100,000 on
+    save_every: int = 5_000  # updates or environment steps between saves of state.pt
+
+
+PRESETS: dict[str, dict] = {
+    "fast": {},
+    "paper": {
+        "offline_steps": 1_000_000,
+        "online_steps": 1_000_000,
+        "start_after": 5_000,
+        "candidates": 16,
+        "backbone": "plain",
+        "width": 512,
+        "depth": 4,
+        "batch_size": 256,
+        "hypotheses": 8,
+        "critic_trunk": 0,
+        "critic_width": 512,
+        "critic_depth": 4,
+        "eval_every": 100_000,
+        "save_every": 50_000,
+    },
+}
+
+METHODS = {
+    "dfp": "L_BC, and online lambda L_topK",
+    "best-of-n": "L_BC alone; the critic only picks among candidates (as QC-BFN, with the drift in place of a flow)",
+    "random-k": "as dfp, with K random proposals in place of the best",
+    "gradient": "L_BC and, offline and online, lambda times minus Q of the policy's own sample, in units of mean |Q| (as FQL)",
+}
+TRAIN_SEED = 2_000_000  # first start of the training episodes
+LOG_EVERY = 200  # updates or environment steps between rows of metrics.csv
+FREE_ON_RESUME = {"resume", "out", "device", "compile"}  # what --resume may change
+
+
+# --- the equations ------------------------------------------------------------------------------------------------------
+
+
+def n_step(
+    reward: np.ndarray, terminated: np.ndarray, ends: np.ndarray, horizon: int, gamma: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the h steps from each step on earned, and whether they may be learned from.
+
+    Args: reward (N,); terminated (N,) bool, the task ended with this step; ends (episodes,): index behind each last step.
+    Returns:
+        returns (N,): sum_{i<h} gamma^i r_{t+i}, up to the step that ended the task.
+        alive (N,): 1 where the task goes on after the h steps, so that a value follows; else 0.
+        valid (N,) bool: the h steps lie in one episode, and so does what they led to, if anything follows. A chunk across
+            an episode's end was never executed: it has no part in the critic's loss, nor in L_BC (released: forgotten there).
+    """
+    rows = np.arange(len(reward))
+    last = ends[np.searchsorted(ends, rows, "right")] - 1  # of each step's episode
+    returns, alive = np.zeros(len(reward)), np.ones(len(reward))
+    for i in range(horizon):
+        step = np.minimum(rows + i, last)
+        returns += gamma**i * alive * reward[step]
+        alive = alive * ~terminated[step]
+    valid = (rows + horizon - 1 <= last) & ((rows + horizon <= last) | (alive == 0))
+    return returns, alive, valid
+
+
+def critic_target(returns: Tensor, alive: Tensor, next_value: Tensor, discount: float) -> Tensor:
+    """sum_{i<h} gamma^i r_{t+i} + gamma^h * alive * Qbar(o_{t+h}, a'). All (B,); discount: gamma^h."""
+    return returns + discount * alive * next_value
+
+
+def critic_loss(q: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each critic, averaged over both. q (E, B), target (B,)."""
+    return (q - target).square().mean()
+
+
+def top_k_positives(chunks: Tensor, q: Tensor, k: int) -> Tensor:
+    """The K proposals of highest Q of each observation. chunks (B, N, S), q (B, N) -> (B, K, S). Raises ValueError for K > N."""
+    if not 1 <= k <= chunks.shape[1]:
+        raise ValueError(f"K is {k}; it must be between 1 and the number of proposals N = {chunks.shape[1]}")
+    best = q.topk(k, dim=1, sorted=False).indices  #                            (B, K)
+    return chunks.gather(1, best.unsqueeze(-1).expand(-1, -1, chunks.shape[-1]))
+
+
+def actor_loss(
+    generated: Tensor, expert: Tensor, positives: Tensor | None, weight: float, temperatures: tuple[float, ...]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L = L_BC + lambda L_topK, two drift losses of the same samples; L_BC alone without positives.
+
+    Args: generated (B, N_gen, S), the policy's samples, which are also the negatives; expert (B, 1, S), the chunk of the data;
+        positives (B, K, S) or None; weight: lambda. Returns: loss, a scalar, and dbp_loss's diagnostics of L_BC.
+    """
+    loss, diagnostics = dbp_loss(generated, expert, temperatures=temperatures)
+    loss = loss.mean()
+    if positives is not None:
+        improvement, _ = dbp_loss(generated, positives, temperatures=temperatures)
+        loss = loss + weight * improvement.mean()
+    return loss, diagnostics
+
+
+# --- the replay buffer ----------------------------------------------------------------------------------------------------
+
+
+class ReplayBuffer:
+    """Steps of whole episodes in preallocated tensors; the offline data lie first and stay. Draws only valid chunks (n_step)."""
+
+    def __init__(self, capacity: int, features: int, action_dim: int, horizon: int, gamma: float, device: torch.device):
+        """capacity: steps that will ever come, last observations of unfinished tasks included."""
+        self.horizon, self.gamma, self.device = horizon, gamma, device
+        self.obs = torch.zeros(capacity, features, device=device)
+        self.actions = torch.zeros(capacity, action_dim, device=device)
+        self.rewards, self.terminated = torch.zeros(capacity), torch.zeros(capacity, dtype=torch.bool)
+        self.returns, self.alive = torch.zeros(capacity, device=device), torch.zeros(capacity, device=device)
+        self.valid = torch.zeros(capacity, dtype=torch.bool)
+        self.starts = torch.zeros(capacity, dtype=torch.long)  # rows where valid is true, in order
+        self.size, self.chunks = 0, 0  # steps, valid starts
+        self.ends: list[int] = []
+
+    def add(self, obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, ends: np.ndarray) -> None:
+        """Whole episodes: obs (N, F), actions (N, Da) normalised, rewards (N,), terminated (N,) bool, ends as in n_step.
+
+        Raises: ValueError for rewards that are not finite, and more steps than there is room for.
+        """
+        first, last = self.size, self.size + len(rewards)
+        rewards = np.asarray(rewards, np.float32)  # as stored: a resumed run adds them up from there
+        if not np.isfinite(rewards).all():
+            raise ValueError(f"the rewards hold NaN or infinity, first at step {int(np.flatnonzero(~np.isfinite(rewards))[0])}")
+        if last > len(self.obs):
+            raise ValueError(f"the buffer has room for {len(self.obs):,} steps; {last:,} came")
+        returns, alive, valid = n_step(rewards, terminated, ends, self.horizon, self.gamma)
+        starts = torch.from_numpy(first + np.flatnonzero(valid))
+        for store, values in (
+            (self.obs, obs),
+            (self.actions, actions),
+            (self.rewards, rewards),
+            (self.terminated, terminated),
+            (self.returns, returns),
+            (self.alive, alive),
+            (self.valid, valid),
+        ):
+            store[first:last] = torch.from_numpy(np.asarray(values)).to(store.dtype)
+        self.starts[self.chunks : self.chunks + len(starts)] = starts
+        self.size, self.chunks = last, self.chunks + len(starts)
+        self.ends += [first + int(end) for end in ends]
+
+    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """obs (B, F), chunk (B, h, Da), returns (B,), alive (B,), obs after the chunk (B, F); all draws with equal chance."""
+        t = self.starts[torch.randint(self.chunks, (batch,), generator=generator)].to(self.device)
+        chunk = self.actions[t.unsqueeze(1) + torch.arange(self.horizon, device=self.device)]
+        following = (t + self.horizon).clamp(max=self.size - 1)  # where nothing follows, alive is 0 and any row will do
+        return self.obs[t], chunk, self.returns[t], self.alive[t], self.obs[following]
+
+    def state(self, since: int) -> dict:
+        """All steps from row `since` on."""
+        rows = slice(since, self.size)
+        kept = {name: getattr(self, name)[rows].cpu() for name in ("obs", "actions", "rewards", "terminated")}
+        return {**kept, "ends": torch.tensor([end - since for end in self.ends if end > since])}
+
+    def load(self, state: dict) -> None:
+        if len(state["ends"]):
+            self.add(**{name: value.numpy() for name, value in state.items()})
+
+
+class Recorder:
+    """The unfinished episodes of N environments, step by step; a finished one goes to the buffer."""
+
+    def __init__(self, num_envs: int):
+        self.rows: list[list[tuple]] = [[] for _ in range(num_envs)]
+
+    def note(self, i: int, obs: np.ndarray, action: np.ndarray, reward: float, terminated: bool) -> None:
+        self.rows[i].append((obs, action, reward, terminated))
+
+    def finish(self, i: int, final: np.ndarray, buffer: ReplayBuffer) -> None:
+        """final: the observation after the last step, whose value counts where the time limit ended the episode."""
+        if not self.rows[i][-1][3]:
+            self.rows[i].append((final, np.zeros_like(self.rows[i][-1][1]), 0.0, False))
+        buffer.add(*(np.array(column) for column in zip(*self.rows[i], strict=True)), np.array([len(self.rows[i])]))
+        self.rows[i] = []
+
+    def state(self) -> list:
+        return [[torch.from_numpy(np.array(column)) for column in zip(*mine, strict=True)] for mine in self.rows]
+
+    def load(self, state: list) -> None:
+        self.rows = [list(zip(*(column.numpy() for column in mine), strict=True)) for mine in state]
+
+
+# --- the script ---------------------------------------------------------------------------------------------------------
+
+
+def check(cfg: Config) -> None:
+    """Refuse settings that cannot work. Raises UserError, status 2."""
+    at_least_1 = ("num_envs", "updates_per_step", "horizon", "batch_size", "hypotheses", "proposals", "positives")
+    at_least_1 += ("width", "depth", "cond_width", "critic_width", "critic_depth")
+    at_least_1 += ("eval_every", "eval_episodes", "report_episodes", "save_every", "offline_steps")
+    for names, holds, text in (
+        (at_least_1, lambda x: x >= 1, "at least 1"),
+        (("online_steps", "start_after", "threads", "seed", "critic_trunk"), lambda x: 0 <= x < 2**63, "a number from 0 on"),
+        (("lr",), lambda x: 0 < x < math.inf, "above 0"),
+        (("topk_weight",), lambda x: 0 <= x < math.inf, "a number from 0 on"),
+        (("gamma", "old_rate", "target_rate"), lambda x: 0 <= x <= 1, "between 0 and 1"),
+        (("candidates",), lambda x: x >= 2, "at least 2: the critic picks one of them"),
+    ):
+        for name in names:
+            if not holds(getattr(cfg, name)):
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be {text}", 2)
+    if cfg.positives > cfg.proposals:
+        raise UserError(f"--positives is {cfg.positives}; K of N = {cfg.proposals} proposals (--proposals) cannot be more", 2)
+    if not cfg.temperatures or any(not 0 < tau < math.inf for tau in cfg.temperatures):
+        raise UserError(f"--temperatures is {cfg.temperatures}; each must be above 0, for example 0.05", 2)
+
+
+def defaults(given: Config) -> Config:
+    with plain_errors(2):
+        task = envs.get_task(given.env)
+    return Config(**{**task.improve, **PRESETS[given.preset]}, preset=given.preset)
+
+
+def offline_data(cfg: Config, task: envs.Task) -> tuple[demos.Demos, np.ndarray, np.ndarray]:
+    """The data, and reward and end of each of their steps."""
+    made = {"record": task.demo_record, "origin": task.demo_origin, "record_expert": task.demo_expert}
+    data = demos.load(cfg.demos, cfg.env, task.demo_arrays, task.demo_convert, scripted=task.demo_scripted, **made)
+    if task.demo_rewards is not None:
+        return data, *task.demo_rewards(data.obs)
+    if data.returns is not None:
+        raise ValueError(f"{cfg.env}: its reward is not success; dfp_finetune.py takes tasks that end with success")
+    success = np.zeros(len(data.actions), bool)
+    success[data.episode_ends - 1] = True  # every demonstration ends with it
+    return data, success - 1.0, success
+
+
+def make_policy(cfg: Config, task: envs.Task, data: demos.Demos) -> Policy:
+    """A new one, or that of stage 1, and a critic."""
+    settings = {name: getattr(cfg, name) for name in ("candidates", "critic_trunk", "critic_width", "critic_depth")}
+    if cfg.ckpt:
+        start = Policy.load(cfg.ckpt)
+        c = start.config
+        wanted = {"env": cfg.env, "obs_steps": 1, "horizon": cfg.horizon, "action_steps": cfg.horizon}
+        differ = [f"{name} {getattr(c, name)} (here {value})" for name, value in wanted.items() if getattr(c, name) != value]
+        if differ:
+            raise UserError(
+                f"--ckpt {cfg.ckpt} does not fit: {', '.join(differ)}. Here chunks run to their end and To is 1; "
+                f"train with --obs-steps 1 --horizon {cfg.horizon} --action-steps {cfg.horizon}"
+            )
+        policy = Policy(dataclasses.replace(c, latent_scale=1.0, **settings))
+        policy.load_state_dict({**policy.state_dict(), **start.state_dict()})
+        return policy
+    policy = Policy(
+        PolicyConfig(
+            env=cfg.env,
+            obs_shapes=task.obs_shapes,
+            action_dim=task.action_dim,
+            obs_steps=1,
+            horizon=cfg.horizon,
+            action_steps=cfg.horizon,
+            backbone=cfg.backbone,
+            cond_width=cfg.cond_width,
+            cond_depth=cfg.depth,
+            width=cfg.width,
+            depth=cfg.depth,
+            **settings,
+        )
+    )
+    policy.fit_normalizers(data.obs, data.actions)
+    return policy
+
+
+def plot_curves(log: RunLog, task: envs.Task, offline_steps: int, path: Path) -> None:
+    """Evaluations and training episodes; critic; drift. The offline phase is shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    axes[0].plot(*log.column("episode_success"), color="tab:gray", label="training episodes, success")
+    steps, score = log.column("score")
+    axes[0].fill_between(steps, log.column("score_low")[1], log.column("score_high")[1], alpha=0.2)
+    axes[0].plot(steps, score, "o-", label="evaluation")
+    axes[0].set(title=f"score ({task.score})", ylim=(-0.02, 1.05))
+    axes[1].plot(*log.column("q"), label="Q of the data's chunks")
+    axes[1].plot(*log.column("q_error"), label="RMS error against the target")
+    axes[1].set(title="critic")
+    axes[2].plot(*log.column("distance"), label="samples to the data's chunk")
+    axes[2].plot(*log.column("gain"), label="Q of the positives - Q of all proposals")
+    axes[2].set(title="actor", ylim=(0, None))
+    for ax in axes:
+        ax.axvspan(0, offline_steps, color="tab:gray", alpha=0.12)
+        ax.set_xlabel("updates offline, then environment steps")
+        ax.grid(alpha=0.3)
+        ax.legend()
+    with plain_errors():
+        figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    began = time.perf_counter()
+
+    # ---- config -----------------------------------------------------------------------------------------------------
+    cfg, state = read_config(Config, __doc__, defaults, "runs/{env}/dfp", FREE_ON_RESUME)
+    check(cfg)
+    device = usable_device(cfg.device)
+    if device.type == "cpu" and cfg.threads:
+        torch.set_num_threads(cfg.threads)
+
+    # ---- seed -------------------------------------------------------------------------------------------------------
+    seed_everything(cfg.seed)
+    generator = torch.Generator().manual_seed(cfg.seed)  # minibatches and all latents
+
+    # ---- data and environments --------------------------------------------------------------------------------------
+    with plain_errors(2):
+        task = envs.get_task(cfg.env)
+        if list(map(kind, task.obs_shapes.values())) != ["state"]:
+            raise ValueError(f"{cfg.env} has the observations {task.obs_shapes}; dfp_finetune.py takes tasks with one state")
+    (key,) = task.obs_shapes
+    with plain_errors():
+        data, rewards, terminated = offline_data(cfg, task)
+        task.check(1)
+        env = (task.make_training or task.make)(cfg.num_envs, 1)
+        episodes = envs.Episodes(env, TRAIN_SEED, 1)
+    if not terminated.any():
+        print("the task succeeds nowhere in these data: the critic can learn only that every step costs 1, until it does")
+
+    # ---- model ------------------------------------------------------------------------------------------------------
+    with plain_errors():
+        policy = make_policy(cfg, task, data).to(device).eval()
+    critic = policy.critic
+    target_critic, old = copy.deepcopy(critic).requires_grad_(False), copy.deepcopy(policy.backbone).requires_grad_(False)
+    actor_weights = list(policy.backbone.parameters())
+    actor_optimizer = torch.optim.Adam(actor_weights, lr=cfg.lr, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=cfg.lr, fused=True)
+    with plain_errors():
+        # of an unfinished episode the last observation is kept, too: at most one row more per environment step
+        buffer = ReplayBuffer(
+            len(rewards) + 2 * cfg.online_steps + cfg.num_envs,
+            policy.encoder.feature_dim,
+            task.action_dim,
+            cfg.horizon,
+            cfg.gamma,
+            device,
+        )
+        actions = policy.normalize_action.cpu()(torch.from_numpy(data.actions)).numpy()
+        buffer.add(data.obs[key].reshape(len(rewards), -1), actions, rewards, terminated, data.episode_ends)
+        if not buffer.chunks:
+            raise ValueError(f"{data.source}: no episode is as long as a chunk of {cfg.horizon} steps")
+    policy.to(device)
+    offline_rows, recorder = buffer.size, Recorder(cfg.num_envs)
+    count = sum(p.numel() for p in actor_weights)
+    print(
+        f"DFP on {cfg.env}: {data.source}, {len(data.episode_ends)} episodes, {offline_rows:,} steps, of which "
+        f"{int(terminated.sum()):,} succeed\n"
+        f"{cfg.method}: {METHODS[cfg.method]}\n"
+        f"actor {count:,}, critics {sum(p.numel() for p in critic.parameters()):,} parameters, {device}, "
+        f"{torch.get_num_threads()} threads; {cfg.offline_steps:,} updates, then {cfg.online_steps:,} steps -> {cfg.out}",
+        flush=True,
+    )
+
+    # ---- resume -----------------------------------------------------------------------------------------------------
+    out, step, best, seconds, offline_line = Path(cfg.out), 0, -math.inf, 0.0, {}
+    plans = np.zeros((cfg.num_envs, cfg.horizon, task.action_dim), np.float32)  # chunks on their way
+    successes: list[float] = []  # of the training episodes since the last row of the log
+    fingerprint = [
+        offline_rows,
+        float(buffer.obs[:offline_rows].double().sum()),
+        float(buffer.actions[:offline_rows].double().sum()),
+    ]
+    if state is not None:
+        if state["data"] != fingerprint:
+            raise UserError(f"the run in {out} began with other offline data than {data.source}; give the same with --demos")
+        policy.load_state_dict(state["policy"]["weights"])
+        target_critic.load_state_dict(state["target_critic"])
+        old.load_state_dict(state["old"])
+        actor_optimizer.load_state_dict(state["actor_optimizer"])
+        critic_optimizer.load_state_dict(state["critic_optimizer"])
+        generator.set_state(state["generator"])
+        buffer.load(state["buffer"])
+        recorder.load(state["recorder"])
+        episodes.load(state["episodes"])
+        plans, successes = state["plans"].numpy(), state["successes"]
+        step, best, seconds, offline_line = state["step"], state["best"], state["seconds"], state["offline"]
+        print(f"resumed at step {step:,}")
+    else:
+        keep_earlier_run(out, print)
+    with plain_errors():
+        out.mkdir(parents=True, exist_ok=True)
+        if state is None:
+            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        forces = [f"force_rms_{tau:g}" for tau in cfg.temperatures]
+        columns = ["seconds", "critic_loss", "q", "q_error", "distance", "scale", *forces, "gain", "episode_success"]
+        log = RunLog(out, [*columns, *evaluate.COLUMNS], step)
+    signals = catch_signals()
+
+    def wall() -> float:  # seconds of this run, earlier sessions included
+        return seconds + time.perf_counter() - began
+
+    # ---- one update ---------------------------------------------------------------------------------------------------
+    B, h, Da = cfg.batch_size, cfg.horizon, task.action_dim
+    discount = cfg.gamma**h
+    networks = {"propose": policy.propose, "backbone": policy.backbone, "old": old, "critic": critic, "target": target_critic}
+    if cfg.compile:
+        networks = {name: torch.compile(network) for name, network in networks.items()}
+
+    def latents(number: int) -> Tensor:
+        return torch.randn(B, number, h, Da, generator=generator).to(device)
+
+    def update(online: bool) -> dict[str, Tensor]:
+        """One step of the critics, their slow copy, the actor, and pi_old."""
+        obs, chunk, returns, alive, following = buffer.sample(B, generator)
+        both = policy.normalize_obs[key](torch.cat([obs, following]))  #          (2B, C)
+        cond, next_cond = both[:B], both[B:]
+
+        # Critic: what the best of N' samples at o_{t+h} is worth, by the slow copy.
+        with torch.no_grad():
+            following_chunk = best_of(*networks["propose"](next_cond, latents(cfg.candidates)))
+            next_value = networks["target"](next_cond, following_chunk.unsqueeze(1)).mean(0)[:, 0]
+            target = critic_target(returns, alive, next_value, discount)  #       (B,)
+        critic.requires_grad_(True)
+        q = networks["critic"](cond, chunk.unsqueeze(1))[..., 0]  #                (E, B)
+        loss = critic_loss(q, target)
+        critic_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        critic_optimizer.step()
+        torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), cfg.target_rate)
+
+        # Actor: towards the data's chunk and, online, towards the best of pi_old's proposals.
+        critic.requires_grad_(False)
+        row = {"critic_loss": loss.detach(), "q": q.detach().mean(), "q_error": loss.detach().sqrt()}
+        generated = networks["backbone"](latents(cfg.hypotheses), cond)  #         (B, N_gen, h, Da)
+        positives = None
+        if online and cfg.method in ("dfp", "random-k"):
+            with torch.no_grad():
+                proposals = networks["old"](latents(cfg.proposals), cond).clamp(-1, 1)  # (B, N, h, Da)
+                value = networks["critic"](cond, proposals).mean(0)  #            (B, N)
+            rank = value if cfg.method == "dfp" else torch.rand(value.shape, generator=generator).to(device)
+            positives = top_k_positives(proposals.flatten(2), rank, cfg.positives)
+            row["gain"] = (value.topk(cfg.positives, 1).values.mean() - value.mean()) if cfg.method == "dfp" else value.mean() * 0
+        loss, diagnostics = actor_loss(
+            generated.flatten(2), chunk.flatten(1).unsqueeze(1), positives, cfg.topk_weight, cfg.temperatures
+        )
+        if cfg.method == "gradient":  # the rival: uphill through the critic
+            value = networks["critic"](cond, generated.clamp(-1, 1))
+            loss = loss - cfg.topk_weight * value.mean() / value.detach().abs().mean().clamp_min(1e-6)
+        actor_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        actor_optimizer.step()
+        if online:
+            torch._foreach_lerp_(list(old.parameters()), actor_weights, cfg.old_rate)
+        return {**row, **diagnostics}
+
+    def save_state() -> None:
+        content = {
+            "config": dataclasses.asdict(cfg),
+            "policy": policy.state(),
+            "target_critic": target_critic.state_dict(),
+            "old": old.state_dict(),
+            "actor_optimizer": actor_optimizer.state_dict(),
+            "critic_optimizer": critic_optimizer.state_dict(),
+            "generator": generator.get_state(),
+            "data": fingerprint,
+            "buffer": buffer.state(offline_rows),
+            "recorder": recorder.state(),
+            "episodes": episodes.state(),
+            "plans": torch.from_numpy(plans),
+            "successes": successes,
+            "step": step,
+            "best": best,
+            "seconds": wall(),
+            "offline": offline_line,
+        }
+        save_checkpoint(content, out / "state.pt")
+
+    # ---- loop: collect, update, log, evaluate, save -------------------------------------------------------------------
+    total = cfg.offline_steps + cfg.online_steps
+    bar = tqdm(total=total, initial=step, unit="step", smoothing=0.05, dynamic_ncols=True)
+    shown: dict[str, str] = {}
+    while step < total:
+        online, row = step >= cfg.offline_steps, {}
+        if not online:
+            records = [update(online=False)]
+            step += 1
+        else:
+            if step == cfg.offline_steps:
+                old.load_state_dict(policy.backbone.state_dict())  # pi_old starts as the actor
+            # Collect: every chunk runs to its end; a new one follows, or the next episode.
+            deciding = [i for i, mine in enumerate(recorder.rows) if len(mine) % h == 0]
+            observation = episodes.obs[key].copy()
+            if deciding:
+                plans[deciding] = policy.act({key: observation[deciding]}, generator=generator).cpu().numpy()
+            at = [len(mine) % h for mine in recorder.rows]
+            acted = plans[np.arange(cfg.num_envs), at]  #                          (N, Da)
+            final, reward, over, late, info = episodes.step(acted[:, None])
+            reward = reward if task.demo_rewards is not None else info["success"] - 1.0
+            normalised = policy.normalize_action(torch.from_numpy(acted).to(device)).cpu().numpy()
+            for i in range(cfg.num_envs):
+                recorder.note(i, observation[i].reshape(-1), normalised[i], float(reward[i]), bool(over[i]))
+                if over[i] or late[i]:
+                    recorder.finish(i, final[key][i].reshape(-1), buffer)
+                    successes.append(float(info["success"][i]))
+            step += cfg.num_envs
+            learning = step - cfg.offline_steps > cfg.start_after
+            records = [update(online=True) for _ in range(cfg.updates_per_step * cfg.num_envs if learning else 0)]
+        bar.update(min(cfg.num_envs if online else 1, total - bar.n))
+
+        # Log, evaluate, save.
+        turning = step == cfg.offline_steps
+        evaluating = step % cfg.eval_every < (cfg.num_envs if online else 1) or turning or step >= total
+        if step % LOG_EVERY < (cfg.num_envs if online else 1) or evaluating:
+            row = {name: value.item() for name, value in records[-1].items()} if records else {}
+            if any(not math.isfinite(value) for value in row.values()):
+                raise UserError(
+                    f"step {step:,}: a loss is not finite; {out / 'state.pt'} holds the last whole state. Try a smaller --lr"
+                )
+            if successes:
+                row["episode_success"] = float(np.mean(successes))
+                shown["train"], successes = f"{row['episode_success']:.2f}", []
+            if "q" in row:
+                shown["q"] = f"{row['q']:.1f}"
+        if evaluating:
+            row |= evaluate.select(policy, task, cfg.eval_episodes)
+            if turning:
+                policy.save(out / "offline.pt")
+                results = evaluate.rollout(
+                    policy, task, list(range(evaluate.REPORT_SEED, evaluate.REPORT_SEED + cfg.report_episodes))
+                )
+                offline_line = {"offline_score": round(float(results["score"].mean()), 4), "offline_wall_s": round(wall(), 1)}
+            if row["score"] >= best or (step > cfg.offline_steps and best == -math.inf):
+                best = row["score"]  # of equal ones the later: more of the critic's choices have gone into it
+                policy.save(out / "dfp.pt")
+            shown["score"] = f"{evaluate.number_text(row['score'])} (best {evaluate.number_text(best)})"
+        if row:
+            bar.set_postfix(shown)
+            log.write(step, {"seconds": wall(), **row})
+        if evaluating or signals or step % cfg.save_every < (cfg.num_envs if online else 1):
+            save_state()
+        if evaluating:
+            plot_curves(log, task, cfg.offline_steps, out / "curve.png")
+        if signals:
+            bar.close()
+            log.close()
+            print(f"stopped at step {step:,}; {out / 'state.pt'} is saved. Go on with --resume.")
+            sys.exit(128 + signals[0])
+    bar.close()
+    env.close()
+
+    # ---- final evaluation: starts that no decision has seen --------------------------------------------------------------
+    for number in (signal.SIGINT, signal.SIGTERM):  # the training is saved: from here on they stop at once
+        signal.signal(number, signal.default_int_handler)
+    log.close()
+    extra = {"method": cfg.method, "train_seed": cfg.seed, **offline_line}
+    evaluate.finish(Policy.load(out / "dfp.pt", device), task, out, cfg.report_episodes, wall, extra)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,234 @@
+"""dfp_finetune.py: returns against brute force, masks at every end, the critics one by one, gradients, a toy to improve."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_MLP
+
+from dfp_finetune import Recorder, ReplayBuffer, actor_loss, critic_loss, critic_target, n_step, top_k_positives
+from drift import drift_field
+from policy import Policy, PolicyConfig, QEnsemble, best_of
+
+H, GAMMA = 3, 0.9
+
+
+def episodes(seed: int = 0) -> dict[str, np.ndarray]:
+    """Four episodes of 1 to 9 steps; some steps end the task, in the middle as in play, or the last as in an environment."""
+    rng = np.random.default_rng(seed)
+    ends = np.cumsum([7, 1, 9, 4])
+    terminated = np.zeros(ends[-1], bool)
+    terminated[[2, 6, 12, 13]] = True  # the first episode in its middle and at its end, the third twice
+    n = len(terminated)
+    return {
+        "obs": rng.normal(size=(n, 2)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (n, 1)).astype(np.float32),
+        "rewards": rng.normal(size=n),
+        "terminated": terminated,
+        "ends": ends,
+    }
+
+
+def by_hand(rewards, terminated, ends, t: int) -> tuple[float, float, bool]:
+    """Return, alive and valid of the chunk that starts at t, step by step."""
+    end = next(e for e in ends if e > t)
+    total, alive = 0.0, True
+    for i in range(H):
+        if alive and t + i < end:
+            total += GAMMA**i * rewards[t + i]
+            alive = not terminated[t + i]
+    inside = t + H <= end
+    return total, float(alive), inside and (t + H < end or not alive)
+
+
+def filled(capacity: int = 40) -> tuple[ReplayBuffer, dict]:
+    buffer, data = ReplayBuffer(capacity, 2, 1, H, GAMMA, torch.device("cpu")), episodes()
+    buffer.add(**data)
+    return buffer, data
+
+
+# --- returns and masks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_returns_and_masks_are_those_found_step_by_step(seed):
+    data = episodes(seed)
+    returns, alive, valid = n_step(data["rewards"], data["terminated"], data["ends"], H, GAMMA)
+    for t in range(len(returns)):
+        total, goes_on, fits = by_hand(data["rewards"], data["terminated"], data["ends"], t)
+        assert bool(valid[t]) == fits, t
+        if fits:
+            assert returns[t] == pytest.approx(total) and alive[t] == goes_on, t
+    assert 0 < valid.sum() < len(valid)
+
+
+def test_no_chunk_of_a_sample_crosses_an_episodes_end():
+    buffer, data = filled()
+    generator = torch.Generator().manual_seed(0)
+    obs, chunk, returns, alive, following = buffer.sample(500, generator)
+    seen = set()
+    for b in range(500):
+        t = int(np.flatnonzero((data["obs"] == obs[b].numpy()).all(1))[0])
+        seen.add(t)
+        total, goes_on, fits = by_hand(data["rewards"], data["terminated"], data["ends"], t)
+        assert fits and returns[b] == pytest.approx(total) and alive[b] == goes_on
+        assert np.array_equal(chunk[b].numpy(), data["actions"][t : t + H])
+        if goes_on:
+            assert np.array_equal(following[b].numpy(), data["obs"][t + H])
+    assert seen == {t for t in range(21) if by_hand(data["rewards"], data["terminated"], data["ends"], t)[2]}
+
+
+@pytest.mark.parametrize("success", [True, False])
+def test_the_last_chunk_of_an_episode_leads_to_success_or_to_the_final_observation(success):
+    buffer, recorder = ReplayBuffer(20, 1, 1, H, GAMMA, torch.device("cpu")), Recorder(1)
+    for t in range(5):
+        recorder.note(0, np.array([t], np.float32), np.array([0.1 * t], np.float32), -1.0, success and t == 4)
+    recorder.finish(0, np.array([99], np.float32), buffer)
+    assert recorder.rows == [[]]
+    assert buffer.starts[: buffer.chunks].tolist() == [0, 1, 2]  # 3 and 4 are too near to the end
+    last = buffer.starts[: buffer.chunks] == 2
+    assert buffer.alive[2] == (0.0 if success else 1.0) and last.any()
+    if not success:
+        assert buffer.obs[2 + H] == 99
+
+
+def test_the_buffer_refuses_what_it_cannot_learn_from():
+    buffer, data = filled(capacity=22)
+    with pytest.raises(ValueError, match="room for 22 steps; 42 came"):
+        buffer.add(**data)
+    data["rewards"][4] = np.nan
+    with pytest.raises(ValueError, match="NaN or infinity, first at step 4"):
+        ReplayBuffer(40, 2, 1, H, GAMMA, torch.device("cpu")).add(**data)
+
+
+def test_the_online_part_of_the_buffer_comes_back_from_its_state():
+    buffer, _ = filled(80)
+    offline = buffer.size
+    buffer.add(**episodes(1))
+    buffer.add(**episodes(2))
+    again, _ = filled(80)
+    again.load(buffer.state(offline))
+    assert (again.size, again.chunks, again.ends) == (buffer.size, buffer.chunks, buffer.ends)
+    for name in ("obs", "actions", "rewards", "terminated", "returns", "alive", "starts"):
+        assert torch.equal(getattr(again, name), getattr(buffer, name)), name
+
+
+# --- the critics --------------------------------------------------------------------------------------------------------
+
+
+def test_the_target_and_the_loss_are_their_formulas():
+    returns, alive, value = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]), torch.tensor([10.0, 10.0])
+    target = critic_target(returns, alive, value, 0.5)
+    assert target.tolist() == [6.0, 2.0]
+    q = torch.tensor([[6.0, 3.0], [8.0, 2.0]])
+    assert critic_loss(q, target) == pytest.approx((0 + 1 + 4 + 0) / 4)
+
+
+@pytest.mark.parametrize("trunk", [0, 7])
+def test_all_critics_at_once_are_each_critic_for_each_candidate(trunk):
+    torch.manual_seed(0)
+    critic = QEnsemble(5, 6, trunk, 8, 3).double()
+    for parameter in critic.parameters():
+        torch.nn.init.normal_(parameter)
+    cond, chunks = torch.randn(4, 5).double(), torch.randn(4, 3, 2, 3).double()
+    q = critic(cond, chunks)
+    gelu, norm = torch.nn.functional.gelu, torch.nn.functional.layer_norm
+    for e in range(2):
+        for b in range(4):
+            for n in range(3):
+                c = cond[b]
+                for layer in critic.cond_layers[:-1]:
+                    c = norm(gelu(c @ layer.weight[e] + layer.bias[e, 0]), (7,))
+                last = critic.cond_layers[-1]
+                h = c @ last.weight[e] + last.bias[e, 0]
+                h = h + chunks[b, n].flatten() @ critic.embed_chunk.weight[e] + critic.embed_chunk.bias[e, 0]
+                for k in range(3):
+                    h = h @ critic.layers[k - 1].weight[e] + critic.layers[k - 1].bias[e, 0] if k else h
+                    h = norm(gelu(h), (8,)) * critic.gains[k, e, 0] + critic.shifts[k, e, 0]
+                assert torch.allclose(q[e, b, n], h @ critic.head.weight[e, :, 0] + critic.head.bias[e, 0, 0])
+
+
+def policy_with_critic(**changes) -> Policy:
+    torch.manual_seed(0)
+    sizes = {"obs_steps": 1, "horizon": 2, "action_steps": 2, **TINY_MLP, "critic_width": 8, "critic_depth": 2}
+    config = PolicyConfig(env="pusht", obs_shapes={"state": (3,)}, action_dim=1, **{**sizes, "candidates": 4, **changes})
+    return Policy(config).eval()
+
+
+def test_acting_executes_the_candidate_that_the_critics_like_best(tmp_path):
+    policy = policy_with_critic()
+    obs, z = torch.randn(5, 1, 3), policy.sample_latents(5, torch.Generator().manual_seed(1))
+    assert z.shape == (5, 4, 2, 1)
+    acted = policy.act({"state": obs}, z)
+    cond = policy.encode({"state": obs})
+    for b in range(5):
+        chunks = [policy.backbone(z[b : b + 1, n : n + 1], cond[b : b + 1])[0, 0].clamp(-1, 1) for n in range(4)]
+        values = [policy.critic(cond[b : b + 1], chunk[None, None]).mean().item() for chunk in chunks]
+        assert torch.allclose(acted[b], chunks[int(np.argmax(values))])
+    policy.save(tmp_path / "dfp.pt")
+    assert torch.equal(Policy.load(tmp_path / "dfp.pt").act({"state": obs}, z), acted)
+    with pytest.raises(ValueError, match="z has shape"):
+        policy.act({"state": obs}, z[:, 0])
+
+
+# --- the actor ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_positives_are_the_k_best_and_k_has_its_limits():
+    chunks, q = torch.randn(6, 5, 4), torch.randn(6, 5)
+    positives = top_k_positives(chunks, q, 2)
+    for b in range(6):
+        best = sorted(range(5), key=lambda n: -q[b, n])[:2]
+        found = {tuple(row.tolist()) for row in positives[b]}
+        assert found == {tuple(chunks[b, n].tolist()) for n in best}
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"K is {k}"):
+            top_k_positives(chunks, q, k)
+    assert torch.equal(best_of(chunks.unsqueeze(-1), q)[..., 0], torch.stack([chunks[b, q[b].argmax()] for b in range(6)]))
+
+
+def test_the_actor_follows_both_drifts_and_nothing_reaches_the_positives():
+    generator = torch.Generator().manual_seed(0)
+    x, expert, positives = (torch.randn(3, n, 4, generator=generator, dtype=torch.float64) for n in (5, 1, 2))
+    x.requires_grad_()
+    positives.requires_grad_()
+    loss, diagnostics = actor_loss(x, expert, positives, 0.5, (0.3,))
+    loss.backward()
+    wanted = torch.zeros_like(x)
+    for refs, weight in ((expert, 1.0), (positives.detach(), 0.5)):
+        V, unit, _ = drift_field(x.detach(), refs, temperatures=(0.3,))
+        wanted += -2 * weight * V / (unit * x.numel())
+    assert torch.allclose(x.grad, wanted) and positives.grad is None
+    alone, same = actor_loss(x, expert, None, 0.5, (0.3,))
+    assert alone < loss and same["distance"] == diagnostics["distance"]
+
+
+def test_top_k_moves_a_policy_to_the_better_of_two_ways():
+    """Data with two ways to act, -0.6 and 0.6; the second earns more. Cloning keeps both, top-K goes to the second."""
+    share = {}
+    for improving in (False, True):
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+        policy = policy_with_critic(width=32, depth=2)
+        old = policy_with_critic(width=32, depth=2).backbone
+        optimizer = torch.optim.Adam(policy.backbone.parameters(), lr=2e-3)
+        cond = torch.zeros(64, 3)
+        for step in range(500):
+            sign = torch.randint(2, (64, 1, 1), generator=generator) * 2 - 1
+            expert = 0.6 * sign.expand(-1, -1, 2)
+            generated = policy.backbone(torch.randn(64, 8, 2, 1, generator=generator), cond).flatten(2)
+            positives = None
+            if improving and step >= 250:
+                if step == 250:
+                    old.load_state_dict(policy.backbone.state_dict())
+                with torch.no_grad():
+                    proposals = old(torch.randn(64, 16, 2, 1, generator=generator), cond).flatten(2)
+                positives = top_k_positives(proposals, proposals.mean(-1), 4)  # Q: the further right the better
+            loss, _ = actor_loss(generated, expert, positives, 3.0, (0.2,))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            final = policy.backbone(torch.randn(1, 1000, 2, 1, generator=generator), cond[:1]).mean((-2, -1))
+        share[improving] = (final > 0).float().mean().item()
+    assert 0.3 < share[False] < 0.7
+    assert share[True] > share[False] + 0.15

@@ -1,0 +1,140 @@
+"""dfp_finetune.py as a command, on Push-T with tiny networks: files, numbers, kill and resume, rivals, bad input."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+import torch
+from conftest import ROOT, TINY_MLP
+from test_cli import assert_refused, flags, metrics, run, same, start
+from test_evaluate import CONTRACT
+
+from common import load_checkpoint
+from policy import Policy, PolicyConfig
+
+SCRIPT = str(ROOT / "dfp_finetune.py")
+SETTINGS = {
+    "env": "pusht",
+    "device": "cpu",
+    "threads": 1,
+    "offline_steps": 20,
+    "online_steps": 40,
+    "start_after": 10,
+    "batch_size": 8,
+    "hypotheses": 2,
+    "proposals": 4,
+    "positives": 2,
+    "candidates": 3,
+    "cond_width": 16,
+    "width": 16,
+    "depth": 1,
+    "critic_trunk": 8,
+    "critic_width": 16,
+    "critic_depth": 1,
+    "eval_every": 30,
+    "save_every": 10,
+    "eval_episodes": 2,
+    "report_episodes": 2,
+}
+
+
+def improve(pusht_npz, **settings) -> list[str]:
+    return [SCRIPT, *flags(**{**SETTINGS, "demos": str(pusht_npz), **settings})]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    torch.manual_seed(0)
+    for name, sizes in (("fits", (1, 5, 5)), ("longer", (2, 16, 8))):
+        steps = dict(zip(("obs_steps", "horizon", "action_steps"), sizes, strict=True))
+        config = PolicyConfig(env="pusht", obs_shapes={"state": (20,)}, action_dim=2, **steps, **TINY_MLP)
+        Policy(config).save(folder / f"{name}.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(work, pusht_npz) -> Path:
+    done = run(*improve(pusht_npz, out="whole"), cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "3 succeed" in done.stdout  # every demonstration ends with success
+    return work / "whole"
+
+
+def test_a_run_writes_what_its_docstring_says(whole):
+    files = {"offline.pt", "dfp.pt", "state.pt", "config.json", "metrics.csv", "curve.png", "rollout.gif", "result.json"}
+    assert files <= set(os.listdir(whole))
+    assert iio.imread(whole / "curve.png").std() > 10
+    line = json.loads((whole / "result.json").read_text().splitlines()[-1])
+    assert set(line) == CONTRACT | {"wall_s", "method", "train_seed", "offline_score", "offline_wall_s"}
+    assert (line["env"], line["nfe"], line["method"]) == ("pusht", 1, "dfp")
+
+
+def test_evaluate_reads_the_policy_with_its_critic(whole, work):
+    done = run(str(ROOT / "evaluate.py"), "--ckpt", str(whole / "dfp.pt"), "--episodes", "2", "--json", cwd=work)
+    assert done.returncode == 0, done.stderr
+    line, trained = json.loads(done.stdout), json.loads((whole / "result.json").read_text().splitlines()[-1])
+    assert (line["score"], line["mean_return"]) == (trained["score"], trained["mean_return"])
+
+
+@pytest.mark.parametrize("until", [15, 33])  # in the offline phase; online, in the middle of a chunk
+def test_kill_and_resume_give_the_uninterrupted_run_bit_for_bit(until, whole, work, pusht_npz):
+    out = work / f"killed-{until}"
+    process = start(*improve(pusht_npz, out=str(out), save_every=1), cwd=work)
+    while process.poll() is None and not ((out / "state.pt").exists() and load_checkpoint(out / "state.pt")["step"] >= until):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    done = run(*improve(pusht_npz, out=str(out), save_every=1), "--resume", cwd=work)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_checkpoint(folder / "state.pt") for folder in (out, whole))
+    for name in (
+        "policy",
+        "target_critic",
+        "old",
+        "actor_optimizer",
+        "critic_optimizer",
+        "generator",
+        "buffer",
+        "recorder",
+        "plans",
+    ):
+        same(ours[name], theirs[name], name)
+    left, right = ([{k: v for k, v in row.items() if k != "seconds"} for row in metrics(f)] for f in (out, whole))
+    assert left == right
+
+
+@pytest.mark.parametrize("method", ["best-of-n", "random-k", "gradient"])
+def test_the_rivals_run_on_the_same_path(method, work, pusht_npz):
+    done = run(*improve(pusht_npz, out=method, method=method, ckpt="fits.pt"), cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((work / method / "result.json").read_text().splitlines()[-1])["method"] == method
+
+
+REFUSED = [
+    ({"positives": 5}, 2, "K of N = 4"),
+    ({"candidates": 1}, 2, "at least 2"),
+    ({"temperatures": 0.0}, 2, "each must be above 0"),
+    ({"env": "pusht-image"}, 2, "takes tasks with one state"),
+    ({"ckpt": "longer.pt"}, 1, "obs_steps 2 (here 1), horizon 16 (here 5)"),
+    ({"ckpt": "none.pt"}, 1, "no checkpoint"),
+    ({"horizon": 90}, 1, "no episode is as long as a chunk of 90 steps"),
+    ({"env": "hopper-medium-v2", "demos": "rewards.hdf5"}, 1, "its reward is not success"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(REFUSED)))
+def test_bad_input_is_refused_in_one_line(case, work, pusht_npz):
+    change, status, text = REFUSED[case]
+    if change.get("demos") == "rewards.hdf5":
+        import h5py
+        import numpy as np
+
+        with h5py.File(work / "rewards.hdf5", "w") as file:
+            for name, array in (("observations", np.zeros((9, 11))), ("actions", np.zeros((9, 3))), ("rewards", np.zeros(9))):
+                file[name] = array
+            file["terminals"], file["timeouts"] = np.arange(9) == 8, np.zeros(9, bool)
+    assert_refused(run(*improve(pusht_npz, **change, out="refused"), cwd=work), status, text)
