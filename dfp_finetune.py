@@ -647,7 +647,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # the training is saved: from here on they stop at once
         signal.signal(number, signal.default_int_handler)
     log.close()
-    extra = {"method": cfg.method, "train_seed": cfg.seed, **offline_line}
+    extra = {"method": cfg.method, "offline_steps": cfg.offline_steps, **offline_line}
     evaluate.finish(Policy.load(out / "dfp.pt", device), task, out, cfg.report_episodes, wall, extra)
 
 

@@ -50,42 +50,43 @@ def rollout(policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int 
     """Run one episode per seed. Returns: score, success, return, length, each (episodes,), and frames (list) if film."""
     c = policy.config
     results = {"score": [], "success": [], "return": [], "length": []}
-    for first in range(0, len(seeds), task.side_by_side):
-        batch = seeds[first : first + task.side_by_side]
-        env = task.make(len(batch), c.obs_steps)
+    N = min(len(seeds), task.side_by_side)
+    env = task.make(N, c.obs_steps)  # once: a simulator's scene can take seconds
+    frames: list = []
+    for first in range(0, len(seeds), N):
+        batch = seeds[first : first + N]
         generator = torch.Generator().manual_seed(latent_seed + first)
-        if film and first == 0:
-            try:
-                env.record(range(min(FILMED, len(batch))))
-            except OSError as error:  # nothing can be drawn on this machine: numbers without pictures
-                print(f"no film: {error}", file=sys.stderr)
+        filming = film and first == 0
         try:
-            obs = env.reset(batch)
+            if film:
+                env.record(range(min(FILMED, N)) if filming else ())
+        except OSError as error:  # nothing can be drawn on this machine: numbers without pictures
+            print(f"no film: {error}", file=sys.stderr)
+        try:
+            obs = env.reset(batch, range(len(batch)))
         except envs.SimulationError as error:
-            if not film:
+            env.close()
+            if not filming:
                 raise UserError(f"the evaluation could not begin: {error}") from error
             print(f"no film: {error}", file=sys.stderr)
-            env.close()
             return {**rollout(policy, task, seeds, latent_seed), "frames": []}
-        done, total = np.zeros(len(batch), bool), np.zeros(len(batch))
+        done, total = np.arange(N) >= len(batch), np.zeros(N)  # the last batch may be smaller: the others rest
         while not done.all():
-            z = policy.sample_latents(len(batch), generator)  # for all, so that they do not depend on who is still running
+            z = policy.sample_latents(N, generator)  # for all, so that they do not depend on who is still running
             running = np.flatnonzero(~done)
-            chunks = np.zeros((len(batch), c.action_steps, c.action_dim), np.float32)
+            chunks = np.zeros((N, c.action_steps, c.action_dim), np.float32)
             chunks[running] = policy.act({k: v[running] for k, v in obs.items()}, z[running]).cpu().numpy()
             try:
                 obs, reward, terminated, truncated, info = env.step(chunks)
             except envs.SimulationError as error:
                 raise UserError(f"the evaluation ended: {error}. The checkpoints that are saved stay as they are.") from error
-            done = terminated | truncated
+            done |= terminated | truncated
             total += reward
-        results["score"].append(info["score"])
-        results["success"].append(info["success"])
-        results["return"].append(total)
-        results["length"].append(info["length"])
-        if film and first == 0:
+        for name, values in (("return", total), *((name, info[name]) for name in ("score", "success", "length"))):
+            results[name].append(np.array(values[: len(batch)]))
+        if filming:
             frames = env.frames
-        env.close()
+    env.close()
     results = {name: np.concatenate(values) for name, values in results.items()}
     return {**results, "frames": frames} if film else results
 

@@ -69,7 +69,7 @@ def test_a_run_writes_what_its_docstring_says(whole):
     assert files <= set(os.listdir(whole))
     assert iio.imread(whole / "curve.png").std() > 10
     line = json.loads((whole / "result.json").read_text().splitlines()[-1])
-    assert set(line) == CONTRACT | {"wall_s", "method", "train_seed", "offline_score", "offline_wall_s"}
+    assert set(line) == CONTRACT | {"wall_s", "method", "offline_steps", "offline_score", "offline_wall_s"}
     assert (line["env"], line["nfe"], line["method"]) == ("pusht", 1, "dfp")
 
 

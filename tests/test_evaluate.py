@@ -28,11 +28,14 @@ class ToyEnv:
     """Episode i moves a point by its own actions, and lasts lengths[seed] chunks. Its score is where the point got to."""
 
     def __init__(self, num_envs: int, obs_steps: int, lengths: dict[int, int]):
-        self.num_envs, self.obs_steps, self.lengths, self.chunks = num_envs, obs_steps, lengths, 0
+        self.num_envs, self.obs_steps, self.lengths, self.batches = num_envs, obs_steps, lengths, []
+        self.chunks, self.ends = np.zeros(num_envs, int), np.zeros(num_envs, int)
+        self.point = np.zeros((num_envs, 3), np.float32)
 
     def reset(self, seeds, which=None):
-        self.seeds, self.ends = list(seeds), np.array([self.lengths[seed] for seed in seeds])
-        self.point = np.array([[seed, 0, 0] for seed in seeds], np.float32)
+        self.batches.append(list(seeds))
+        for i, seed in zip(range(self.num_envs) if which is None else which, seeds, strict=True):
+            self.chunks[i], self.ends[i], self.point[i] = 0, self.lengths[seed], (seed, 0, 0)
         return self.observe()
 
     def observe(self):
@@ -104,7 +107,7 @@ def test_more_episodes_than_environments_run_in_batches():
     made = []
     task = dataclasses.replace(toy_task({seed: 1 + seed % 4 for seed in range(10, 15)}, made), side_by_side=2)
     results = evaluate.rollout(make_policy(), task, list(range(10, 15)))
-    assert [env.seeds for env in made] == [[10, 11], [12, 13], [14]]
+    assert [env.batches for env in made] == [[[10, 11], [12, 13], [14]]]  # one environment serves them all
     assert results["length"].tolist() == [9, 12, 3, 6, 9]  # in the order of the seeds
 
 

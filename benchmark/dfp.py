@@ -1,0 +1,124 @@
+"""The off-policy table and curves of README: every row is a `dfp_finetune.py` command, run here.
+
+    python benchmark/dfp.py --only cube-single-task2     one group, 2 seeds, about 40 minutes each on one core
+    python benchmark/dfp.py --print                      the tables of what there is, and the picture
+
+The offline score is that of the policy at the end of the offline phase, the final one of the best evaluation's policy, both over
+50 starts that no choice has seen (seeds 100,000 on). The cubes' data are 200 episodes of play (200,000 steps) of OGBench's own
+oracle, recorded here; Push-T's are the embedded demonstrations. Lines go to benchmark/results/dfp.jsonl with the evaluations of
+the training, (step, seconds, score, train success); a line that is there is not run again, a run that was cut is resumed.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import record
+import tyro
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark" / "results" / "dfp.jsonl"
+RUNS = ROOT / "runs" / "benchmark"
+RIVALS = ("best-of-n", "random-k", "gradient")
+GROUPS = {  # name: (task, flags of dfp_finetune.py)
+    **{f"cube-single-task{k}": (f"cube-single-task{k}", []) for k in range(1, 6)},
+    **{f"cube-single-task2, {rival}": ("cube-single-task2", ["--method", rival]) for rival in RIVALS},
+    **{f"cube-single-task2, K = {k}": ("cube-single-task2", ["--positives", str(k)]) for k in (1, 2, 8)},  # 4 is the default
+    "pusht": ("pusht", []),
+}
+PUBLISHED_K = {1: (99.7, 85.8), 2: (100.0, 91.9), 4: (99.7, 95.6), 8: (99.8, 92.5)}  # cube-double, average of 12 tasks; N = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    only: tuple[str, ...] = ()  # groups to run; empty: all
+    seeds: tuple[int, ...] = (0, 1)  # training seeds
+    print: bool = False  # print the tables and draw the picture of what there is, run nothing
+
+
+def curve(out: Path) -> list[list[float]]:
+    """(step, seconds, score, success of training episodes since the last one) of every evaluation."""
+    with open(out / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    points, training = [], []
+    for row in rows:
+        training += [float(row["episode_success"])] if row["episode_success"] else []
+        if row["score"]:
+            success = round(float(np.mean(training)), 3) if training else None
+            points.append([int(row["step"]), round(float(row["seconds"]), 1), round(float(row["score"]), 4), success])
+            training = []
+    return points
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| run | seed | offline | after online steps | 95 % interval | wall time |", "|---|---|---|---|---|---|"]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        mine = sorted((row for row in rows if row["group"] == group), key=lambda row: row["train_seed"])
+        for row in mine:
+            low, high = row["score_ci95"]
+            lines.append(
+                f"| {group} | {row['train_seed']} | {row['offline_score']:.2f} | {row['score']:.2f} | "
+                f"{low:.2f} to {min(high, 1):.2f} | {row['wall_s'] / 60:.0f} min |"
+            )
+    return "\n".join(lines)
+
+
+def table_of_k(rows: list[dict]) -> str:
+    lines = ["| K of N = 16 | cube-single-task2: success (seeds) | published: cube-double / average |", "|---|---|---|"]
+    for k, (double, average) in PUBLISHED_K.items():
+        group = "cube-single-task2" + ("" if k == 4 else f", K = {k}")
+        scores = [row["score"] for row in rows if row["group"] == group]
+        ours = f"{np.mean(scores):.2f} ({len(scores)})" if scores else "not run"
+        lines.append(f"| {k} | {ours} | {double} / {average} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Evaluations over steps: each task with its rivals; one line per seed. The offline phase is shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(GROUPS[row["group"]][0] for row in rows))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3.4), layout="constrained", squeeze=False)
+    for ax, task in zip(axes[0], tasks, strict=True):
+        groups = [group for group in dict.fromkeys(row["group"] for row in rows) if GROUPS[group][0] == task]
+        for number, group in enumerate(groups):
+            for row in (row for row in rows if row["group"] == group):
+                steps, _, scores, _ = zip(*row["curve"], strict=True)
+                label = (group.removeprefix(task).strip(", ") or "DFP") if row["train_seed"] == 0 else None
+                ax.plot(np.array(steps) / 1e3, scores, color=f"C{number}", lw=1, label=label)
+                ax.axvspan(0, row["offline_steps"] / 1e3, color="tab:gray", alpha=0.06)
+        ax.set(title=task, xlabel="thousand updates offline, then steps online", ylim=(-0.02, 1.05))
+        ax.grid(alpha=0.3)
+        ax.legend(loc="lower right")
+    axes[0, 0].set_ylabel("success, 30 episodes")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
+    unknown = [group for group in cfg.only if group not in GROUPS]
+    if unknown:
+        sys.exit(f"no group {unknown[0]!r}; there are {', '.join(GROUPS)}")
+    done = {(row["group"], row["train_seed"]) for row in record.read(RESULTS)}
+    jobs = [(g, s) for g in cfg.only or GROUPS for s in cfg.seeds if (g, s) not in done]
+    for group, seed in [] if cfg.print else jobs:
+        task, flags = GROUPS[group]
+        out = RUNS / f"dfp-{group.replace(', ', '-').replace(' = ', '')}-{seed}"
+        line = record.run("dfp_finetune.py", out, ["--env", task, "--seed", str(seed), *flags])
+        record.append(RESULTS, {"group": group, "train_seed": seed}, {**line, "curve": curve(out)})
+    rows = record.read(RESULTS)
+    print(table(rows) + "\n\n" + table_of_k(rows))
+    if rows:
+        draw(rows, ROOT / "benchmark" / "pictures" / "dfp.png")
+
+
+if __name__ == "__main__":
+    main()
