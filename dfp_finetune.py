@@ -285,6 +285,88 @@ class Recorder:
         self.rows = [list(zip(*(column.numpy() for column in mine), strict=True)) for mine in state]
 
 
+# --- the learner ----------------------------------------------------------------------------------------------------------
+
+
+class Learner:
+    """Actor, critics, their slow copies pi_old and Qbar, and one update of all. One call of a network serves all candidates."""
+
+    def __init__(self, policy: Policy, cfg: Config):
+        self.cfg, self.policy, self.critic = cfg, policy, policy.critic
+        self.target_critic = copy.deepcopy(policy.critic).requires_grad_(False)
+        self.old = copy.deepcopy(policy.backbone).requires_grad_(False)
+        self.actor_weights = list(policy.backbone.parameters())
+        self.actor_optimizer = torch.optim.Adam(self.actor_weights, lr=cfg.lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=cfg.lr, fused=True)
+        self.shape = cfg.horizon, policy.config.action_dim  # of a chunk
+        (self.key,) = policy.config.obs_shapes
+        if cfg.compile:
+            for module in (policy.backbone, self.critic, self.target_critic, self.old):
+                module.compile()
+
+    def latents(self, number: int, generator: torch.Generator) -> Tensor:
+        shape = (self.cfg.batch_size, number, *self.shape)
+        return torch.randn(shape, generator=generator).to(self.policy.normalize_action.center.device)
+
+    def next_value(self, cond: Tensor, generator: torch.Generator) -> Tensor:
+        """What the best of N' samples is worth by the slow critics: mean of both. cond (B, C) -> (B,)."""
+        chosen = best_of(*self.policy.propose(cond, self.latents(self.cfg.candidates, generator)))
+        return self.target_critic(cond, chosen.unsqueeze(1)).mean(0)[:, 0]
+
+    def proposals(self, cond: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """N chunks of pi_old (B, N, h, Da), and the critics' mean of each (B, N)."""
+        chunks = self.old(self.latents(self.cfg.proposals, generator), cond).clamp(-1, 1)
+        return chunks, self.critic(cond, chunks).mean(0)
+
+    def update(self, batch: tuple[Tensor, ...], online: bool, generator: torch.Generator) -> dict[str, Tensor]:
+        """One step of the critics, of their slow copy, of the actor and, online, of pi_old. batch: see ReplayBuffer.sample."""
+        cfg, (obs, chunk, returns, alive, following) = self.cfg, batch
+        cond, next_cond = self.policy.normalize_obs[self.key](torch.stack([obs, following]))  # each (B, C)
+
+        # Critics.
+        with torch.no_grad():
+            target = critic_target(returns, alive, self.next_value(next_cond, generator), cfg.gamma**cfg.horizon)
+        self.critic.requires_grad_(True)
+        q = self.critic(cond, chunk.unsqueeze(1))[..., 0]  #                       (E, B)
+        loss = critic_loss(q, target)
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.critic_optimizer.step()
+        torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), cfg.target_rate)
+
+        # Actor: towards the data's chunk and, online, towards the best of pi_old's proposals. No gradient enters the critics.
+        self.critic.requires_grad_(False)
+        row = {"critic_loss": loss.detach(), "q": q.detach().mean(), "q_error": loss.detach().sqrt()}
+        generated = self.policy.backbone(self.latents(cfg.hypotheses, generator), cond)  # (B, N_gen, h, Da)
+        positives = None
+        if online and cfg.method in ("dfp", "random-k"):
+            with torch.no_grad():
+                proposals, value = self.proposals(cond, generator)
+            rank = value if cfg.method == "dfp" else torch.rand(value.shape, generator=generator).to(value.device)
+            positives = top_k_positives(proposals.flatten(2), rank, cfg.positives)
+            row["gain"] = value.gather(1, rank.topk(cfg.positives, 1).indices).mean() - value.mean()
+        expert = chunk.flatten(1).unsqueeze(1)  #                                  (B, 1, S)
+        loss, diagnostics = actor_loss(generated.flatten(2), expert, positives, cfg.topk_weight, cfg.temperatures)
+        if cfg.method == "gradient":  # the rival: uphill through the critics
+            value = self.critic(cond, generated.clamp(-1, 1))
+            loss = loss - cfg.topk_weight * value.mean() / value.detach().abs().mean().clamp_min(1e-6)
+        self.actor_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.actor_optimizer.step()
+        if online:
+            torch._foreach_lerp_(list(self.old.parameters()), self.actor_weights, cfg.old_rate)
+        return {**row, **diagnostics}
+
+    def state(self) -> dict:
+        parts = ("target_critic", "old", "actor_optimizer", "critic_optimizer")
+        return {"policy": self.policy.state(), **{name: getattr(self, name).state_dict() for name in parts}}
+
+    def load(self, state: dict) -> None:
+        self.policy.load_state_dict(state["policy"]["weights"])
+        for name in ("target_critic", "old", "actor_optimizer", "critic_optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+
+
 # --- the script ---------------------------------------------------------------------------------------------------------
 
 
@@ -425,11 +507,7 @@ def main() -> None:
     # ---- model ------------------------------------------------------------------------------------------------------
     with plain_errors():
         policy = make_policy(cfg, task, data).to(device).eval()
-    critic = policy.critic
-    target_critic, old = copy.deepcopy(critic).requires_grad_(False), copy.deepcopy(policy.backbone).requires_grad_(False)
-    actor_weights = list(policy.backbone.parameters())
-    actor_optimizer = torch.optim.Adam(actor_weights, lr=cfg.lr, fused=True)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=cfg.lr, fused=True)
+    learner = Learner(policy, cfg)
     with plain_errors():
         # of an unfinished episode the last observation is kept, too: at most one row more per environment step
         buffer = ReplayBuffer(
@@ -446,12 +524,12 @@ def main() -> None:
             raise ValueError(f"{data.source}: no episode is as long as a chunk of {cfg.horizon} steps")
     policy.to(device)
     offline_rows, recorder = buffer.size, Recorder(cfg.num_envs)
-    count = sum(p.numel() for p in actor_weights)
+    actor, critics = (sum(p.numel() for p in part.parameters()) for part in (policy.backbone, policy.critic))
     print(
         f"DFP on {cfg.env}: {data.source}, {len(data.episode_ends)} episodes, {offline_rows:,} steps, of which "
         f"{int(terminated.sum()):,} succeed\n"
         f"{cfg.method}: {METHODS[cfg.method]}\n"
-        f"actor {count:,}, critics {sum(p.numel() for p in critic.parameters()):,} parameters, {device}, "
+        f"actor {actor:,}, critics {critics:,} parameters, {device}, "
         f"{torch.get_num_threads()} threads; {cfg.offline_steps:,} updates, then {cfg.online_steps:,} steps -> {cfg.out}",
         flush=True,
     )
@@ -468,11 +546,7 @@ def main() -> None:
     if state is not None:
         if state["data"] != fingerprint:
             raise UserError(f"the run in {out} began with other offline data than {data.source}; give the same with --demos")
-        policy.load_state_dict(state["policy"]["weights"])
-        target_critic.load_state_dict(state["target_critic"])
-        old.load_state_dict(state["old"])
-        actor_optimizer.load_state_dict(state["actor_optimizer"])
-        critic_optimizer.load_state_dict(state["critic_optimizer"])
+        learner.load(state)
         generator.set_state(state["generator"])
         buffer.load(state["buffer"])
         recorder.load(state["recorder"])
@@ -494,68 +568,10 @@ def main() -> None:
     def wall() -> float:  # seconds of this run, earlier sessions included
         return seconds + time.perf_counter() - began
 
-    # ---- one update ---------------------------------------------------------------------------------------------------
-    B, h, Da = cfg.batch_size, cfg.horizon, task.action_dim
-    discount = cfg.gamma**h
-    networks = {"propose": policy.propose, "backbone": policy.backbone, "old": old, "critic": critic, "target": target_critic}
-    if cfg.compile:
-        networks = {name: torch.compile(network) for name, network in networks.items()}
-
-    def latents(number: int) -> Tensor:
-        return torch.randn(B, number, h, Da, generator=generator).to(device)
-
-    def update(online: bool) -> dict[str, Tensor]:
-        """One step of the critics, their slow copy, the actor, and pi_old."""
-        obs, chunk, returns, alive, following = buffer.sample(B, generator)
-        both = policy.normalize_obs[key](torch.cat([obs, following]))  #          (2B, C)
-        cond, next_cond = both[:B], both[B:]
-
-        # Critic: what the best of N' samples at o_{t+h} is worth, by the slow copy.
-        with torch.no_grad():
-            following_chunk = best_of(*networks["propose"](next_cond, latents(cfg.candidates)))
-            next_value = networks["target"](next_cond, following_chunk.unsqueeze(1)).mean(0)[:, 0]
-            target = critic_target(returns, alive, next_value, discount)  #       (B,)
-        critic.requires_grad_(True)
-        q = networks["critic"](cond, chunk.unsqueeze(1))[..., 0]  #                (E, B)
-        loss = critic_loss(q, target)
-        critic_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        critic_optimizer.step()
-        torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), cfg.target_rate)
-
-        # Actor: towards the data's chunk and, online, towards the best of pi_old's proposals.
-        critic.requires_grad_(False)
-        row = {"critic_loss": loss.detach(), "q": q.detach().mean(), "q_error": loss.detach().sqrt()}
-        generated = networks["backbone"](latents(cfg.hypotheses), cond)  #         (B, N_gen, h, Da)
-        positives = None
-        if online and cfg.method in ("dfp", "random-k"):
-            with torch.no_grad():
-                proposals = networks["old"](latents(cfg.proposals), cond).clamp(-1, 1)  # (B, N, h, Da)
-                value = networks["critic"](cond, proposals).mean(0)  #            (B, N)
-            rank = value if cfg.method == "dfp" else torch.rand(value.shape, generator=generator).to(device)
-            positives = top_k_positives(proposals.flatten(2), rank, cfg.positives)
-            row["gain"] = (value.topk(cfg.positives, 1).values.mean() - value.mean()) if cfg.method == "dfp" else value.mean() * 0
-        loss, diagnostics = actor_loss(
-            generated.flatten(2), chunk.flatten(1).unsqueeze(1), positives, cfg.topk_weight, cfg.temperatures
-        )
-        if cfg.method == "gradient":  # the rival: uphill through the critic
-            value = networks["critic"](cond, generated.clamp(-1, 1))
-            loss = loss - cfg.topk_weight * value.mean() / value.detach().abs().mean().clamp_min(1e-6)
-        actor_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        actor_optimizer.step()
-        if online:
-            torch._foreach_lerp_(list(old.parameters()), actor_weights, cfg.old_rate)
-        return {**row, **diagnostics}
-
     def save_state() -> None:
         content = {
             "config": dataclasses.asdict(cfg),
-            "policy": policy.state(),
-            "target_critic": target_critic.state_dict(),
-            "old": old.state_dict(),
-            "actor_optimizer": actor_optimizer.state_dict(),
-            "critic_optimizer": critic_optimizer.state_dict(),
+            **learner.state(),
             "generator": generator.get_state(),
             "data": fingerprint,
             "buffer": buffer.state(offline_rows),
@@ -577,17 +593,17 @@ def main() -> None:
     while step < total:
         online, row = step >= cfg.offline_steps, {}
         if not online:
-            records = [update(online=False)]
+            records = [learner.update(buffer.sample(cfg.batch_size, generator), False, generator)]
             step += 1
         else:
             if step == cfg.offline_steps:
-                old.load_state_dict(policy.backbone.state_dict())  # pi_old starts as the actor
+                learner.old.load_state_dict(policy.backbone.state_dict())  # pi_old starts as the actor
             # Collect: every chunk runs to its end; a new one follows, or the next episode.
-            deciding = [i for i, mine in enumerate(recorder.rows) if len(mine) % h == 0]
+            deciding = [i for i, mine in enumerate(recorder.rows) if len(mine) % cfg.horizon == 0]
             observation = episodes.obs[key].copy()
             if deciding:
                 plans[deciding] = policy.act({key: observation[deciding]}, generator=generator).cpu().numpy()
-            at = [len(mine) % h for mine in recorder.rows]
+            at = [len(mine) % cfg.horizon for mine in recorder.rows]
             acted = plans[np.arange(cfg.num_envs), at]  #                          (N, Da)
             final, reward, over, late, info = episodes.step(acted[:, None])
             reward = reward if task.demo_rewards is not None else info["success"] - 1.0
@@ -599,7 +615,8 @@ def main() -> None:
                     successes.append(float(info["success"][i]))
             step += cfg.num_envs
             learning = step - cfg.offline_steps > cfg.start_after
-            records = [update(online=True) for _ in range(cfg.updates_per_step * cfg.num_envs if learning else 0)]
+            updates = range(cfg.updates_per_step * cfg.num_envs if learning else 0)
+            records = [learner.update(buffer.sample(cfg.batch_size, generator), True, generator) for _ in updates]
         bar.update(min(cfg.num_envs if online else 1, total - bar.n))
 
         # Log, evaluate, save.
