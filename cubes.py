@@ -66,7 +66,9 @@ class Cubes(gymnasium.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         import mujoco
 
-        self.sim.reset(seed=seed)
+        with warnings.catch_warnings():  # about the type of its action space
+            warnings.simplefilter("ignore")
+            self.sim.reset(seed=seed)
         # OGBench has taken two steps with unseeded actions at the goal. What they left behind in the contact solver and in the
         # fingers' force goes: an episode is a function of its seed and its actions.
         model, data = self.sim.model, self.sim.data

@@ -372,6 +372,10 @@ def main() -> None:
             f"the checkpoint was trained for {c.env}, observations {c.obs_shapes}, {c.action_dim} action dimensions; "
             f"{task.name} has {task.obs_shapes} and {task.action_dim}. Name another with --ckpt."
         )
+    if c.candidates > 1:
+        raise UserError(
+            f"the checkpoint acts on its critic's choice of {c.candidates} chunks (DFP); PPO needs a policy of one latent"
+        )
     N, T = cfg.num_envs // world, cfg.decisions
     with plain_errors():
         env = (task.make_training or task.make)(N, c.obs_steps)

@@ -131,6 +131,7 @@ LEAVES = ["drift", "encoders", "pointcloud", "demos", "common"]
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     "manipulation": {"pointcloud"},
+    "cubes": {"manipulation"},
     "blockpush": {"manipulation"},  # drawing, and the writer of recorded episodes
     "kitchen": {"manipulation"},
     "robomimic_tasks": {"manipulation"},
@@ -138,6 +139,7 @@ MAY_IMPORT = {
     "envs": {
         "manipulation",
         "blockpush",
+        "cubes",
         "kitchen",
         "robomimic_tasks",
         "scripted",
@@ -146,6 +148,7 @@ MAY_IMPORT = {
     "evaluate": {"encoders", "policy", "demos", "envs", "common"},
     "dbp_train": {"drift", "encoders", "demos", "envs", "common", "policy", "evaluate"},
     "dbpo_finetune": {"encoders", "envs", "common", "policy", "evaluate"},
+    "dfp_finetune": {"drift", "encoders", "demos", "envs", "common", "policy", "evaluate"},
 }
 
 

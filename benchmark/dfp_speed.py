@@ -1,0 +1,146 @@
+"""What an off-policy update costs: with one call per network for all candidates, and written straightforwardly, a call for each.
+
+    python benchmark/dfp_speed.py                            a minute, one thread; preset fast
+    python benchmark/dfp_speed.py --preset paper             the published sizes; on a GPU beside the published 13.6 ms
+
+Both learners get the same batches and latents and take the same steps to within rounding (checked here); updates alternate in one
+run. Then a profile of ours: share of an update per part. Writes benchmark/results/dfp_speed.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import record
+import torch
+import tyro
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import dfp_finetune as dfp
+from policy import Policy, PolicyConfig, best_of
+
+FEATURES, ACTIONS = 28, 5  # of cube-single
+PUBLISHED_MS = 13.6  # per online step, its authors' figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    preset: Literal["fast", "paper"] = "fast"
+    rounds: int = 60  # updates of each
+    threads: int = 1
+    device: str = "cpu"
+
+
+class Straightforward(dfp.Learner):
+    """The same update with a call of a network for each candidate and each critic."""
+
+    def each(self, critic, cond: Tensor, chunks: Tensor) -> Tensor:
+        """Mean of the critics for every candidate: (B, N)."""
+        parts = [single(critic, e) for e in range(critic.members)]
+        columns = [sum(part(cond, chunks[:, n : n + 1])[0, :, 0] for part in parts) / len(parts) for n in range(chunks.shape[1])]
+        return torch.stack(columns, 1)
+
+    def next_value(self, cond: Tensor, generator: torch.Generator) -> Tensor:
+        z = self.latents(self.cfg.candidates, generator)
+        chunks = torch.cat([self.policy.backbone(z[:, n : n + 1], cond).clamp(-1, 1) for n in range(z.shape[1])], 1)
+        chosen = best_of(chunks, self.each(self.critic, cond, chunks))
+        return self.each(self.target_critic, cond, chosen.unsqueeze(1))[:, 0]
+
+    def proposals(self, cond: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        z = self.latents(self.cfg.proposals, generator)
+        chunks = torch.cat([self.old(z[:, n : n + 1], cond).clamp(-1, 1) for n in range(z.shape[1])], 1)
+        return chunks, self.each(self.critic, cond, chunks)
+
+
+def single(critic, member: int):
+    """One critic of the ensemble, its weights views of the ensemble's."""
+    weights = {
+        name: (x[:, member : member + 1] if name in ("gains", "shifts") else x[member : member + 1]) for name, x in named(critic)
+    }
+
+    def call(cond: Tensor, chunks: Tensor) -> Tensor:
+        members, critic.members = critic.members, 1
+        try:
+            return torch.func.functional_call(critic, weights, (cond, chunks))
+        finally:
+            critic.members = members
+
+    return call
+
+
+def named(module) -> list[tuple[str, Tensor]]:
+    return list(module.named_parameters())
+
+
+def make(cfg: Config, cls) -> dfp.Learner:
+    settings = dfp.Config(**dfp.PRESETS[cfg.preset])
+    torch.manual_seed(0)
+    policy = Policy(
+        PolicyConfig(
+            env="cube-single-task2",
+            obs_shapes={"state": (FEATURES,)},
+            action_dim=ACTIONS,
+            obs_steps=1,
+            horizon=settings.horizon,
+            action_steps=settings.horizon,
+            backbone=settings.backbone,
+            cond_width=settings.cond_width,
+            cond_depth=settings.depth,
+            width=settings.width,
+            depth=settings.depth,
+            candidates=settings.candidates,
+            critic_trunk=settings.critic_trunk,
+            critic_width=settings.critic_width,
+            critic_depth=settings.critic_depth,
+        )
+    ).to(cfg.device)
+    return cls(policy, settings)
+
+
+def main() -> None:
+    cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
+    torch.set_num_threads(cfg.threads)
+    learners = {"ours": make(cfg, dfp.Learner), "straightforward": make(cfg, Straightforward)}
+    B, h = learners["ours"].cfg.batch_size, learners["ours"].cfg.horizon
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((B, FEATURES), (B, h, ACTIONS), (B,), (B,), (B, FEATURES))
+    times: dict[str, list[float]] = {name: [] for name in learners}
+    for k in range(cfg.rounds + 5):
+        batch = tuple(torch.randn(shape, generator=draw).clamp(-1, 1).to(cfg.device) for shape in shapes)
+        rows = {}
+        for name, learner in learners.items():
+            generator = torch.Generator().manual_seed(k)
+            began = time.perf_counter()
+            row = learner.update(batch, True, generator)
+            rows[name] = {key: value.item() for key, value in row.items()}  # .item() waits for the device
+            if k >= 5:
+                times[name].append((time.perf_counter() - began) * 1e3)
+        if k == 0:
+            for key, value in rows["ours"].items():
+                assert np.isclose(value, rows["straightforward"][key], rtol=1e-3, atol=1e-5), key
+    median = {name: round(float(np.median(values)), 2) for name, values in times.items()}
+    result = {"preset": cfg.preset, "device": cfg.device, "threads": cfg.threads, "machine": record.machine(), "ms": median}
+    result["times_faster"] = round(median["straightforward"] / median["ours"], 2)
+    result["of_published"] = round(median["ours"] / PUBLISHED_MS, 2) if cfg.preset == "paper" else None
+    print(json.dumps(result))
+    with torch.profiler.profile() as profile:
+        for _ in range(10):
+            learners["ours"].update(batch, True, generator)
+    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
+    path = ROOT / "benchmark" / "results" / "dfp_speed.json"
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(
+        json.dumps({**kept, f"{cfg.preset}, {cfg.device}": {"date": time.strftime("%Y-%m-%d"), **result}}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
