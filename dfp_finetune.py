@@ -102,7 +102,7 @@ class Config:
     critic_width: int = 128  # features of each layer of the critics; published: 512
     critic_depth: int = 3  # their layers; published: 4
 
-    eval_every: int = 5_000  # updates or environment steps between evaluations; the best by score is kept
+    eval_every: int = 10_000  # updates or environment steps between evaluations; the best by score is kept
     eval_episodes: int = 30  # episodes of such an evaluation, starts from seed 50,000 on
     report_episodes: int = 50  # episodes of the final ones, starts from seed 100,000 on
     save_every: int = 5_000  # updates or environment steps between saves of state.pt
