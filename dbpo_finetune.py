@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 import envs
 import evaluate
+import vector
 from common import (
     RunLog,
     UserError,
@@ -407,7 +408,7 @@ def main() -> None:
     out, iteration, best, seconds = Path(cfg.out), 0, -math.inf, 0.0
     with plain_errors():
         task.check(c.obs_steps)
-        episodes = envs.Episodes(env, TRAIN_SEED + rank, world)
+        episodes = vector.Episodes(env, TRAIN_SEED + rank, world)
     if state is not None:
         if len(state["ranks"]) != world:
             raise UserError(f"the run in {out} had {len(state['ranks'])} process(es), now there are {world}; take as many", 2)
@@ -516,7 +517,7 @@ def main() -> None:
             network_s += simulation_began - forward_began
             try:
                 final, reward, terminated, truncated, info = episodes.step(chunks)
-            except envs.SimulationError as error:
+            except vector.SimulationError as error:
                 raise UserError(f"iteration {iteration}: {error}. {kept()}") from error
             if not np.isfinite(reward).all():
                 raise UserError(f"iteration {iteration}: the environment gave a reward that is not finite. {kept()}")

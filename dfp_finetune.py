@@ -42,6 +42,7 @@ from tqdm import tqdm
 import demos
 import envs
 import evaluate
+import vector
 from common import (
     RunLog,
     UserError,
@@ -500,7 +501,7 @@ def main() -> None:
         data, rewards, terminated = offline_data(cfg, task)
         task.check(1)
         env = (task.make_training or task.make)(cfg.num_envs, 1)
-        episodes = envs.Episodes(env, TRAIN_SEED, 1)
+        episodes = vector.Episodes(env, TRAIN_SEED, 1)
     if not terminated.any():
         print("the task succeeds nowhere in these data: the critic can learn only that every step costs 1, until it does")
 

@@ -23,6 +23,7 @@ import torch
 import tyro
 
 import envs
+import vector
 from common import UserError, plain_errors, run_main, usable_device
 from encoders import kind
 from policy import Policy
@@ -64,7 +65,7 @@ def rollout(policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int 
             print(f"no film: {error}", file=sys.stderr)
         try:
             obs = env.reset(batch, range(len(batch)))
-        except envs.SimulationError as error:
+        except vector.SimulationError as error:
             env.close()
             if not filming:
                 raise UserError(f"the evaluation could not begin: {error}") from error
@@ -78,7 +79,7 @@ def rollout(policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int 
             chunks[running] = policy.act({k: v[running] for k, v in obs.items()}, z[running]).cpu().numpy()
             try:
                 obs, reward, terminated, truncated, info = env.step(chunks)
-            except envs.SimulationError as error:
+            except vector.SimulationError as error:
                 raise UserError(f"the evaluation ended: {error}. The checkpoints that are saved stay as they are.") from error
             done |= terminated | truncated
             total += reward

@@ -1,8 +1,8 @@
 """Manipulation tasks as gymnasium environments: Push-T, Meta-World, Adroit.
 
 Each is a function or class that builds one gymnasium.Env, and what turns its demonstrations into observations and actions;
-envs.py has the table of tasks and steps these environments by chunks. Info holds `score` and `success`. Simulators other than
-Push-T's are in requirements-simulators.txt, imported when they are first used; ImportError says what to install.
+envs.py has the table of tasks, vector.py steps these environments by chunks. Info holds `score` and `success`. Simulators other
+than Push-T's are in requirements-simulators.txt, imported when they are first used; ImportError says what to install.
 
     observation key     shape              meaning
     state               (features,)        all that there is to know, positions in the simulator's units
@@ -167,7 +167,7 @@ def pusht_env(view: str = "state") -> gymnasium.Env:
             return obs, reward, success, late, info
 
     table = Table(obs_type="state", render_mode="rgb_array", visualization_width=256, visualization_height=256)
-    table.observing, table.MAX_STEPS = True, PUSHT_MAX_STEPS  # see envs.Chunked
+    table.observing, table.MAX_STEPS = True, PUSHT_MAX_STEPS  # see vector.Chunked
     table.observation_space = (
         gymnasium.spaces.Box(-np.inf, np.inf, (20,)) if view == "state" else observation_space(PUSHT_IMAGE_SHAPES)
     )
@@ -264,7 +264,7 @@ class Seen(gymnasium.Env):
 
     MAX_STEPS, SIZE, POINTS = 200, 128, 512
     render_mode = "rgb_array"
-    observing = True  # see envs.Chunked
+    observing = True  # see vector.Chunked
     eye: Eye | None = None  # made when something is drawn first
 
     def _eye(self) -> Eye:

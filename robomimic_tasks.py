@@ -145,7 +145,7 @@ class Robosuite(gymnasium.Env):
     """
 
     render_mode = "rgb_array"
-    observing = True  # see envs.Chunked
+    observing = True  # see vector.Chunked
 
     def __init__(self, task: str, absolute: bool, view: str):
         """task: a key of SCENES; absolute: actions are poses; view: "state" or "image"."""

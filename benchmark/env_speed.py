@@ -23,14 +23,15 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import envs
+import locomotion
+import vector
 
 CHUNK = 4
 
 
 def ours(body: str, num_envs: int):
-    env = envs.Locomotion(num_envs, 1, body)
-    episodes = envs.Episodes(env, 0, 1)
+    env = locomotion.Locomotion(num_envs, 1, body)
+    episodes = vector.Episodes(env, 0, 1)
 
     def run(actions: np.ndarray) -> None:
         for chunk in np.split(actions, len(actions) // CHUNK):  # (steps, N, Da)
@@ -42,7 +43,7 @@ def ours(body: str, num_envs: int):
 def gymnasium_vector(body: str, num_envs: int, vector: type):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        env = vector([lambda: gymnasium.make(envs.BODIES[body].gym_id)] * num_envs)
+        env = vector([lambda: gymnasium.make(locomotion.BODIES[body].gym_id)] * num_envs)
     env.reset(seed=0)
 
     def run(actions: np.ndarray) -> None:
@@ -60,7 +61,7 @@ def compare(body: str, num_envs: int, steps: int = 80, rounds: int = 9) -> dict:
     }
     rng, times = np.random.default_rng(0), {name: [] for name in rivals}
     for round_ in range(rounds + 1):
-        actions = rng.uniform(-1, 1, (steps, num_envs, envs.OBS_DIMS[body][1]))
+        actions = rng.uniform(-1, 1, (steps, num_envs, locomotion.OBS_DIMS[body][1]))
         for name, (run, _) in rivals.items():
             start = time.perf_counter()
             run(actions)
@@ -74,7 +75,7 @@ def compare(body: str, num_envs: int, steps: int = 80, rounds: int = 9) -> dict:
 
 
 def main() -> None:
-    rows = [compare(body, 40) for body in envs.BODIES]
+    rows = [compare(body, 40) for body in locomotion.BODIES]
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     result = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "gymnasium": gymnasium.__version__, "rows": rows}
     print(json.dumps(result, indent=1))

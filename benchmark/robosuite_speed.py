@@ -22,7 +22,7 @@ import record
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import envs
+import vector
 from robomimic_tasks import Robosuite
 
 NUM, CHUNK = 8, 8
@@ -31,7 +31,7 @@ MAKE = partial(Robosuite, "lift", False, "state")
 
 def serve(pipe, number: int) -> None:
     """A worker with several environments, one after the other."""
-    env = envs.GymVector(MAKE, number, 2)
+    env = vector.GymVector(MAKE, number, 2)
     env.reset(list(range(number)))
     pipe.send("ready")
     while (chunks := pipe.recv()) is not None:
@@ -60,12 +60,12 @@ class Shared:
 def vectors(rounds: int = 9) -> dict[str, float]:
     rng = np.random.default_rng(0)
     every = {
-        "one process": envs.GymVector(MAKE, NUM, 2),
-        "a process per environment": envs.GymVector(MAKE, NUM, 2, processes=True),
+        "one process": vector.GymVector(MAKE, NUM, 2),
+        "a process per environment": vector.GymVector(MAKE, NUM, 2, processes=True),
         f"{os.cpu_count()} processes, {NUM // os.cpu_count()} environments each": Shared(os.cpu_count()),
     }
     for env in every.values():
-        if isinstance(env, envs.GymVector):
+        if isinstance(env, vector.GymVector):
             env.reset(list(range(NUM)))
     times: dict[str, list[float]] = {name: [] for name in every}
     for round_ in range(rounds + 1):

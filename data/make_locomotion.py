@@ -4,7 +4,7 @@
 
 Plain PPO, one action per decision, on the fast environments of envs.py. Every so often the stochastic policy is rolled out, as
 for D4RL's "medium" data; the snapshot whose mean return is nearest to theirs is kept as `medium`, the best one as `expert`. The
-file holds both as plain arrays in float16. envs.record_locomotion draws the demonstrations from it.
+file holds both as plain arrays in float16. locomotion.record_locomotion draws the demonstrations from it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import dbpo_finetune as ppo
-import envs
+import locomotion
+import vector
 from policy import Critic
 
 MEDIUM = {"hopper": 1_400, "walker2d": 2_900, "halfcheetah": 4_800, "ant": 3_000}  # mean returns of D4RL's medium data
@@ -80,7 +81,7 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def arrays(self, mean: np.ndarray, std: np.ndarray) -> dict[str, np.ndarray]:
-        """As envs.Behaviour reads it, with the observation's normalisation inside the first layer."""
+        """As locomotion.Behaviour reads it, with the observation's normalisation inside the first layer."""
         weights = {f"w{i}": layer.weight.numpy().T.copy() for i, layer in enumerate(self.layers)}
         biases = {f"b{i}": layer.bias.numpy().copy() for i, layer in enumerate(self.layers)}
         weights["w0"] /= std[:, None]
@@ -93,9 +94,9 @@ def main() -> None:
     began = time.perf_counter()
     torch.set_num_threads(1)
     torch.manual_seed(cfg.seed)
-    obs_dim, action_dim = envs.OBS_DIMS[cfg.body]
+    obs_dim, action_dim = locomotion.OBS_DIMS[cfg.body]
     T, N = cfg.horizon, cfg.num_envs
-    episodes = envs.Episodes(envs.Locomotion(N, 1, cfg.body, cfg.threads), 5_000_000 + 100_000 * cfg.seed, 1)
+    episodes = vector.Episodes(locomotion.Locomotion(N, 1, cfg.body, cfg.threads), 5_000_000 + 100_000 * cfg.seed, 1)
     actor, critic, scale = Actor(obs_dim, action_dim, cfg), Critic(obs_dim), ppo.RewardScale(N, cfg.gamma)
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], lr=cfg.lr, eps=1e-5, fused=True)
     mean, variance, count = np.zeros(obs_dim), np.ones(obs_dim), 1.0  # of the observations so far
@@ -153,8 +154,8 @@ def main() -> None:
         done = (iteration + 1) * T * N
         if done // cfg.every > (done - T * N) // cfg.every:
             snapshot = actor.arrays(mean, np.sqrt(variance + 1e-6))
-            behaviour = envs.Behaviour(snapshot)
-            _, _, _, returns = envs.roll_out(cfg.body, behaviour, cfg.episodes * 1_000, 3_000_000)
+            behaviour = locomotion.Behaviour(snapshot)
+            _, _, _, returns = locomotion.roll_out(cfg.body, behaviour, cfg.episodes * 1_000, 3_000_000)
             score = returns.mean()
             print(
                 f"{cfg.body} step {done:,}: mean return {score:,.0f} (std {returns.std():,.0f}, {len(returns)} episodes), "

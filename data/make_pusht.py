@@ -22,6 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import envs
+import vector
 from common import run_main
 from policy import Policy
 
@@ -40,7 +41,7 @@ class Config:
     size_mb: float = 1.9  # stop adding episodes here
 
 
-def attempt(policy: Policy, env: envs.GymVector, seeds: list[int], latent_seed: int) -> list[Episode | None]:
+def attempt(policy: Policy, env: vector.GymVector, seeds: list[int], latent_seed: int) -> list[Episode | None]:
     """One episode per seed; None where it did not succeed."""
     c = policy.config
     generator = torch.Generator().manual_seed(latent_seed)

@@ -13,6 +13,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 
 import dbpo_finetune
 import envs
+import vector
 from common import UserError, load_checkpoint, run_main, save_checkpoint
 from dbpo_finetune import (
     RewardScale,
@@ -319,7 +320,7 @@ class Clock:
         self.steps += 1
         training = self.seeds[0] >= dbpo_finetune.TRAIN_SEED
         if training and self.steps == self.fail_at:
-            raise envs.SimulationError("the clock stopped")
+            raise vector.SimulationError("the clock stopped")
         over = self.count > self.seeds % 5
         self.count += ~over
         self.history = np.concatenate([self.history[:, 1:], self.history[:, -1:]], 1)
@@ -327,7 +328,7 @@ class Clock:
         ended = self.count > self.seeds % 5
         reward = chunks[:, 0, 0].astype(float)  # forward is good
         if np.isnan(reward).any():  # as MuJoCo does
-            raise envs.SimulationError("the chunk is not a number")
+            raise vector.SimulationError("the chunk is not a number")
         if training and self.steps == self.bad_reward_at:
             reward[:] = np.nan
         info = {"score": self.count.astype(float), "success": ended.copy(), "length": TA * self.count}

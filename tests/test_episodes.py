@@ -1,4 +1,4 @@
-"""envs.Episodes: what stands at the end of an episode and at the next start, seeds, and the exact repetition behind --resume."""
+"""vector.Episodes: what stands at the end of an episode and at the next start, seeds, and the exact repetition on resume."""
 
 from collections.abc import Callable
 
@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 import envs
+import locomotion
+import vector
 from common import load_checkpoint, save_checkpoint
 
 FIRST = 2_000_000
 TO = 2
 
 
-def hopper(num_envs: int) -> envs.Locomotion:
-    return envs.Locomotion(num_envs, TO, "hopper", threads=1)
+def hopper(num_envs: int) -> locomotion.Locomotion:
+    return locomotion.Locomotion(num_envs, TO, "hopper", threads=1)
 
 
 def pusht(num_envs: int):
@@ -31,7 +33,7 @@ def pushes(t: int, obs: np.ndarray) -> np.ndarray:
     return (obs[:, -1, None, :2] + np.random.default_rng(t).normal(0, 40, (3, 8, 2))).astype(np.float32)
 
 
-def drive(episodes: envs.Episodes, draw: Callable, decisions: range) -> list[list[np.ndarray]]:
+def drive(episodes: vector.Episodes, draw: Callable, decisions: range) -> list[list[np.ndarray]]:
     """Of every decision: the observation acted on, what step returns, and the seeds behind it."""
     seen = []
     for t in decisions:
@@ -46,7 +48,7 @@ def drive(episodes: envs.Episodes, draw: Callable, decisions: range) -> list[lis
 
 def test_an_end_gives_its_final_observation_and_the_next_start_to_act_on():
     """Against the same environment without Episodes, where an ended one rests."""
-    episodes, rests = envs.Episodes(hopper(3), FIRST, 1), hopper(3)
+    episodes, rests = vector.Episodes(hopper(3), FIRST, 1), hopper(3)
     rests.reset(episodes.seeds)
     checked = np.zeros(3, int)
     for t in range(30):
@@ -72,7 +74,7 @@ def test_every_start_is_used_once_and_ranks_interleave():
         env, mine = hopper(3), []
         reset = env.reset
         env.reset = lambda seeds, which=None, mine=mine, reset=reset: (mine.extend(seeds), reset(seeds, which))[1]
-        drive(envs.Episodes(env, FIRST + rank, 3), falls, range(25))
+        drive(vector.Episodes(env, FIRST + rank, 3), falls, range(25))
         assert len(mine) > 6
         assert mine == list(range(FIRST + rank, FIRST + rank + 3 * len(mine), 3))  # none is left out either
         used += mine
@@ -91,7 +93,7 @@ RUNS = {  # environments, chunks, N, several k. A Push-T episode has 38 chunks.
 def run(request, tmp_path_factory) -> dict:
     """One uninterrupted run, with the state of every moment k on disk. They are written at its end: a state must not move on."""
     make, draw, N, moments = RUNS[request.param]
-    folder, episodes, seen, states = tmp_path_factory.mktemp(request.param), envs.Episodes(make(3), FIRST, 2), [], {}
+    folder, episodes, seen, states = tmp_path_factory.mktemp(request.param), vector.Episodes(make(3), FIRST, 2), [], {}
     for t in range(N):
         states[t] = episodes.state()
         seen += drive(episodes, draw, range(t, t + 1))
@@ -105,7 +107,7 @@ def test_n_decisions_are_k_and_a_new_process_and_the_others_bit_for_bit(run):
     for k in run["moments"]:
         state = load_checkpoint(run["folder"] / f"{k}.pt")["episodes"]
         lengths.append([len(chunks) for chunks in state["chunks"]])
-        episodes = envs.Episodes(run["make"](3), FIRST, 2)
+        episodes = vector.Episodes(run["make"](3), FIRST, 2)
         episodes.load(state)
         for ours, theirs in zip(drive(episodes, run["draw"], range(k, run["N"])), run["seen"][k:], strict=True):
             for a, b in zip(ours, theirs, strict=True):

@@ -1,4 +1,4 @@
-"""envs.Locomotion against gymnasium's environments of the same name, state by state."""
+"""locomotion.Locomotion against gymnasium's environments of the same name, state by state."""
 
 import warnings
 
@@ -6,20 +6,20 @@ import gymnasium
 import numpy as np
 import pytest
 
-import envs
+import locomotion
 
 
 def gym_env(body: str) -> gymnasium.Env:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return gymnasium.make(envs.BODIES[body].gym_id)
+        return gymnasium.make(locomotion.BODIES[body].gym_id)
 
 
-@pytest.mark.parametrize("body", list(envs.BODIES))
+@pytest.mark.parametrize("body", list(locomotion.BODIES))
 def test_equals_gymnasium_step_by_step(body):
     """1,000 steps of random actions on each of three bodies; fallen ones start again. All numbers, not only the states."""
     N, Ta, rng = 3, 4, np.random.default_rng(0)
-    ours = envs.Locomotion(N, 2, body)
+    ours = locomotion.Locomotion(N, 2, body)
     theirs, ended, falls, limits = [gym_env(body) for _ in range(N)], np.zeros(N, bool), 0, 0
     seeds = np.arange(N) + 7
     obs = ours.reset(seeds)["state"]

@@ -12,6 +12,7 @@ from conftest import ROOT
 import demos
 import envs
 import manipulation
+import vector
 from policy import Policy, PolicyConfig
 
 
@@ -124,14 +125,14 @@ def test_a_simulator_that_cannot_begin_is_named_before_the_training():
         def reset(self, **_):
             raise ValueError("the point cloud is empty after cropping")
 
-    task = envs.Task("broken", "score", {"state": (2,)}, 2, lambda n, to: envs.GymVector(Broken, n, to), (), None)
+    task = envs.Task("broken", "score", {"state": (2,)}, 2, lambda n, to: vector.GymVector(Broken, n, to), (), None)
     with pytest.raises(ValueError, match=r"broken does not run here.*empty after cropping"):
         task.check(1)
 
 
 def test_readmes_row_for_cameras_of_ones_own():
     block = re.search(r"```python\n(TASKS\[.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
-    names = {"TASKS": {}, "Task": envs.Task, "partial": partial, "GymVector": envs.GymVector, "my_env": None}
+    names = {"TASKS": {}, "Task": envs.Task, "partial": partial, "GymVector": vector.GymVector, "my_env": None}
     exec(block, names)
     task = names["TASKS"]["my-arm"]
     policy = Policy(PolicyConfig("my-arm", task.obs_shapes, task.action_dim, cond_width=16, width=16))

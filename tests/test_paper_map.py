@@ -127,17 +127,20 @@ def test_the_parser_of_this_test_refuses_unknown_flags():
 
 # --- import directions ------------------------------------------------------------------------------------------------
 
-LEAVES = ["drift", "encoders", "pointcloud", "demos", "common"]
+LEAVES = ["drift", "encoders", "pointcloud", "demos", "common", "vector"]
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     "manipulation": {"pointcloud"},
+    "locomotion": {"manipulation", "vector"},
     "cubes": {"manipulation"},
     "blockpush": {"manipulation"},  # drawing, and the writer of recorded episodes
     "kitchen": {"manipulation"},
     "robomimic_tasks": {"manipulation"},
     "scripted": {"manipulation", "robomimic_tasks"},
     "envs": {
+        "vector",
         "manipulation",
+        "locomotion",
         "blockpush",
         "cubes",
         "kitchen",
@@ -145,10 +148,10 @@ MAY_IMPORT = {
         "scripted",
     },  # the simulators behind the rows of its table
     "policy": {"encoders", "common"},  # common: our one departure from leaves that stand alone, for save and load
-    "evaluate": {"encoders", "policy", "demos", "envs", "common"},
+    "evaluate": {"encoders", "policy", "demos", "envs", "vector", "common"},
     "dbp_train": {"drift", "encoders", "demos", "envs", "common", "policy", "evaluate"},
-    "dbpo_finetune": {"encoders", "envs", "common", "policy", "evaluate"},
-    "dfp_finetune": {"drift", "encoders", "demos", "envs", "common", "policy", "evaluate"},
+    "dbpo_finetune": {"encoders", "envs", "vector", "common", "policy", "evaluate"},
+    "dfp_finetune": {"drift", "encoders", "demos", "envs", "vector", "common", "policy", "evaluate"},
 }
 
 
