@@ -19,6 +19,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +55,7 @@ OBJECTIVES: dict[str, type[Rival]] = {
     "meanflow": MeanFlow,
     "consistency": Consistency,
 }
+SELECTION_EPISODES, REPORT_EPISODES = 50, 100  # as dbp_train.py
 FIRST_MARK, MARK_RATIO = 10.0, 1.35  # seconds of the first evaluation, and from one to the next: dense where curves are steep
 PUBLISHED = {  # Push-T, state, max coverage; both lines of work use other starts than ours
     "dbp": "0.87",
@@ -96,25 +98,21 @@ def try_out(policy: Rival, sampler: str, first_start: int, episodes: int) -> dic
     return evaluate.rollout(policy, envs.get_task("pusht"), list(range(first_start, first_start + episodes)))
 
 
-def train(name: str, seed: int, cfg: Config) -> list[dict]:
-    """One training; a row per sampler of the objective."""
+def training(policy: Rival, cfg: Config) -> Iterator[tuple[int, float, Rival, float]]:
+    """Train the policy; after every step: (steps done, seconds of training, averaged policy, loss). It ends when the caller stops.
+
+    What the caller does between two steps is not on the clock.
+    """
     fast, task = dbp_train.Config(), envs.get_task("pusht")
-    torch.manual_seed(seed)
     data = demos.load(cfg.demos, "pusht", task.demo_arrays, task.demo_convert)
-    policy = make_policy(name, cfg.backbone)
     policy.fit_normalizers(data.obs, data.actions)
     policy.to(cfg.device).train()
     windows = demos.Windows(data, fast.obs_steps, fast.horizon, fast.action_steps, cfg.device)
     ema, weights = EMA(policy, fast.ema_power, fast.ema_max_decay), list(policy.parameters())
     optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=fast.betas, weight_decay=fast.weight_decay, fused=True)
-    noise_std = {key: fast.obs_noise * policy.normalize_obs[key].half_range for key in policy.normalize_obs}
-
-    clock = time.process_time if cfg.clock == "cpu" else time.perf_counter
-    remaining, step, spent = marks(cfg.seconds), 0, 0.0
-    curves: dict[str, list] = {sampler: [] for sampler in policy.SAMPLERS}
-    best: dict[str, Rival] = {}
-    bar = tqdm(total=round(cfg.seconds), unit="s", desc=f"{name}, seed {seed}")
-    while remaining and not 0 < cfg.steps <= step:
+    noise_std = {key: fast.obs_noise * normalizer.half_range for key, normalizer in policy.normalize_obs.items()}
+    clock, step, spent = time.process_time if cfg.clock == "cpu" else time.perf_counter, 0, 0.0
+    while True:
         began, progress = clock(), min(1.0, spent / cfg.seconds)
         obs, chunk = windows[torch.randint(len(windows), (fast.batch_size,)).to(cfg.device)]
         obs = {key: value + noise_std[key] * torch.randn_like(value) for key, value in obs.items()}
@@ -128,26 +126,41 @@ def train(name: str, seed: int, cfg: Config) -> list[dict]:
         optimizer.step()
         ema.update(step)
         step += 1
+        value = loss.item()  # waits for the device
         spent += clock() - began
+        yield step, spent, ema.policy, value
+
+
+def train(name: str, seed: int, cfg: Config) -> list[dict]:
+    """One training with its evaluations; a row per sampler of the objective."""
+    torch.manual_seed(seed)
+    policy, remaining = make_policy(name, cfg.backbone), marks(cfg.seconds)
+    curves: dict[str, list] = {sampler: [] for sampler in policy.SAMPLERS}
+    best: dict[str, Rival] = {}
+    bar = tqdm(total=round(cfg.seconds), unit="s", desc=f"{name}, seed {seed}")
+    for step, spent, average, loss in training(policy, cfg):
         bar.update(round(spent) - bar.n)
         if spent >= remaining[0]:
             remaining.pop(0)
             random = torch.get_rng_state()
             for sampler, curve in curves.items():
-                score = float(try_out(ema.policy, sampler, evaluate.SELECTION_SEED, fast.eval_episodes)["score"].mean())
+                score = float(try_out(average, sampler, evaluate.SELECTION_SEED, SELECTION_EPISODES)["score"].mean())
                 if score > max((point[2] for point in curve), default=-1):
-                    best[sampler] = copy.deepcopy(ema.policy)
+                    best[sampler] = copy.deepcopy(average)
                 curve.append([round(spent, 1), step, round(score, 4)])
             torch.set_rng_state(random)
             bar.set_postfix({sampler: curve[-1][2] for sampler, curve in curves.items()})
+        if not remaining or step == cfg.steps:
+            break
     bar.close()
+    if cfg.steps:
+        print(f"{name}: {step} steps, {1e3 * spent / step:.1f} ms each, loss {loss:.3g}", flush=True)
+        return []
     rows = []
     for sampler, acting in best.items():
-        results = try_out(acting, sampler, evaluate.REPORT_SEED, fast.report_episodes)
+        results = try_out(acting, sampler, evaluate.REPORT_SEED, REPORT_EPISODES)
         line = evaluate.report(acting, results, evaluate.REPORT_SEED)
         rows.append({"method": sampler, "steps": step, "curve": curves[sampler], **line})
-    if cfg.steps:
-        print(f"{name}: {step} steps, {1e3 * spent / step:.1f} ms each, loss {loss.item():.3g}", flush=True)
     return rows
 
 
@@ -237,8 +250,7 @@ def main() -> None:
             if cfg.steps == 0 and any(key.items() <= row.items() for row in record.read(RESULTS)):
                 continue
             for row in train(name, seed, cfg):
-                if cfg.steps == 0:
-                    record.append(RESULTS, key, row)
+                record.append(RESULTS, key, row)
     rows = record.read(RESULTS)
     if rows:
         print(table(rows))

@@ -187,10 +187,11 @@ def seconds_of(function: Callable) -> float:
 
 
 def released_loss(folder: str) -> tuple[Callable, str]:
-    """The drift loss in a clone of the authors' code: (generated (B, G, S), positives (B, 1, S), temperatures) -> (B,), its place.
+    """The drift loss in a clone of the authors' code, and its place in it.
 
-    It is looked for by name, a function of a file's top level with `drift` and `loss` in it, and must give the gradient of
-    ours to 1e-3. Raises ImportError with the reasons where none does.
+    The loss: generated (B, G, S), positives (B, 1, S), temperatures -> (B,). It is looked for by name, a function of a file's top
+    level with `drift` and `loss` in it, and must give the gradient of ours to 1e-3. Raises ImportError with the reasons where
+    none does.
     """
     candidates, reasons = [], []
     for path in sorted(Path(folder).rglob("*.py")):

@@ -13,7 +13,11 @@ import latency
 
 from policy import Policy, PolicyConfig
 
-GOOD = "from drift import dbp_loss\n\ndef drift_loss(gen, fixed_pos, R_list=(0.2,)):\n    return {}dbp_loss(gen, fixed_pos, temperatures=R_list)[0]\n"
+GOOD = """from drift import dbp_loss
+
+def drift_loss(gen, fixed_pos, R_list=(0.2,)):
+    return {}dbp_loss(gen, fixed_pos, temperatures=R_list)[0]
+"""
 
 
 def test_the_loss_of_a_clone_is_found_and_compared(tmp_path):
