@@ -99,7 +99,7 @@ def try_out(policy: Rival, sampler: str, first_start: int, episodes: int) -> dic
 
 
 def training(policy: Rival, cfg: Config) -> Iterator[tuple[int, float, Rival, float]]:
-    """Train the policy; after every step: (steps done, seconds of training, averaged policy, loss). It ends when the caller stops.
+    """Train the policy until the caller stops; after every step: (steps done, seconds of training, averaged policy, loss).
 
     What the caller does between two steps is not on the clock.
     """
@@ -150,12 +150,12 @@ def train(name: str, seed: int, cfg: Config) -> list[dict]:
                 curve.append([round(spent, 1), step, round(score, 4)])
             torch.set_rng_state(random)
             bar.set_postfix({sampler: curve[-1][2] for sampler, curve in curves.items()})
-        if not remaining or step == cfg.steps:
+        if step == cfg.steps:
+            print(f"{name}: {step} steps, {1e3 * spent / step:.1f} ms each, loss {loss:.3g}", flush=True)
+            return []
+        if not remaining:
             break
     bar.close()
-    if cfg.steps:
-        print(f"{name}: {step} steps, {1e3 * spent / step:.1f} ms each, loss {loss:.3g}", flush=True)
-        return []
     rows = []
     for sampler, acting in best.items():
         results = try_out(acting, sampler, evaluate.REPORT_SEED, REPORT_EPISODES)

@@ -4,8 +4,8 @@
     python benchmark/modes.py --seconds 5 --shown 20 60 100                 half a minute, to see that it runs
 
 The expert's modes at an observation are what demonstrations did at the observations nearest to it, from other episodes. Shown are
-the three observations whose nearest neighbours disagree most: two ways there, far apart, each kept by several episodes. Blue: the
-neighbours' chunks. Orange: chunks of the policy, one per latent, latents of std 1. Grey: the T and the agent.
+the three observations, among those with near neighbours, whose neighbours disagree most: two ways, far apart, each taken in three
+episodes or more. Blue: the neighbours' chunks. Orange: chunks of the policy, one per latent, latents of std 1. Grey: the T and the agent.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import baselines
+
 import demos
 import envs
 
-NEIGHBOURS, CANDIDATES, LATENTS = 12, 1500, 40  # neighbours of an observation; observations that are looked at; chunks drawn
+NEIGHBOURS, CANDIDATES, LATENTS = 10, 3000, 24  # neighbours of an observation; observations that are looked at; chunks drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +58,8 @@ def disagreement(chunks: Tensor) -> float:
 
     0 where one of the ways has fewer than three chunks.
     """
-    d = torch.cdist(chunks, chunks)
-    means = chunks[[int(d.max(1).values.argmax()), int(d.max(0).values.argmax())]]
-    means = torch.stack([means[0], chunks[int((chunks - means[0]).norm(dim=-1).argmax())]])
+    one = chunks[(chunks - chunks.mean(0)).norm(dim=-1).argmax()]
+    means = torch.stack([one, chunks[(chunks - one).norm(dim=-1).argmax()]])
     for _ in range(10):
         side = torch.cdist(chunks, means).argmin(1)
         if min(side.sum(), (1 - side).sum()) < 3:
@@ -69,13 +69,13 @@ def disagreement(chunks: Tensor) -> float:
     return ((means[0] - means[1]).norm() / (within + 0.1)).item()  # 0.1: no prize for the identical
 
 
-def most_disputed(
-    obs: Tensor, chunks: Tensor, episode: Tensor, number: int, generator: torch.Generator
-) -> list[tuple[int, Tensor]]:
+def most_disputed(obs: Tensor, chunks: Tensor, episode: Tensor, number: int, seed: int) -> list[tuple[int, Tensor]]:
     """(window, its neighbours) of the windows whose neighbours disagree most, from different episodes."""
-    looked_at = torch.randperm(len(obs), generator=generator)[:CANDIDATES].tolist()
+    looked_at = torch.randperm(len(obs), generator=torch.Generator().manual_seed(seed))[:CANDIDATES].tolist()
     near = {which: neighbours(obs, episode, which) for which in looked_at}
-    ranked = sorted(looked_at, key=lambda which: -disagreement(chunks[near[which]].flatten(1)))
+    reach = {which: (obs[near[which]] - obs[which]).norm(dim=-1).max().item() for which in looked_at}
+    close = [which for which in looked_at if reach[which] < np.quantile(list(reach.values()), 0.25)]  # neighbours that are near
+    ranked = sorted(close, key=lambda which: -disagreement(chunks[near[which]].flatten(1)))
     chosen: dict[int, int] = {}
     for which in ranked:
         chosen.setdefault(int(episode[which]), which)
@@ -105,11 +105,11 @@ def main() -> None:
     windows = demos.Windows(data, c.obs_steps, c.horizon, c.action_steps)
     every = torch.arange(len(windows))
     history, chunks = windows[every]
-    steps = baselines.training(policy, baselines.Config(demos=cfg.demos, seconds=cfg.seconds))
+    steps = baselines.training(policy, baselines.Config(demos=cfg.demos, seconds=cfg.seconds, device="cpu"))
     next(steps)  # fits the normalisers
     normal = policy.normalize_obs["state"](history["state"]).flatten(1)
-    episode = torch.from_numpy(np.searchsorted(data.episode_ends, windows.start_steps, side="right"))
-    chosen = most_disputed(normal, policy.normalize_action(chunks), episode, 3, torch.Generator().manual_seed(cfg.seed))
+    episode = torch.from_numpy(np.searchsorted(data.episode_ends, windows.index[:, c.obs_steps - 1], side="right"))
+    chosen = most_disputed(normal, policy.normalize_action(chunks), episode, 3, cfg.seed)
 
     figure, axes = plt.subplots(3, len(cfg.shown), figsize=(2.9 * len(cfg.shown), 8.4), layout="constrained", squeeze=False)
     for step, _, average, _ in steps:
