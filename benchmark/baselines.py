@@ -78,12 +78,16 @@ class Config:
     print: bool = False  # print the table and draw the pictures of what there is, run nothing
 
 
-def make_policy(name: str, backbone: str) -> Rival:
-    cfg, task = dbp_train.Config(), envs.get_task("pusht")
-    shared = ("obs_steps", "horizon", "action_steps", "cond_width", "cond_depth", "width", "depth")
+def settings(env: str) -> dbp_train.Config:
+    """Those of DBP's preset fast for this task: sizes, horizons, batch, rates."""
+    return dbp_train.Config(**{**envs.get_task(env).train, "env": env})
+
+
+def make_policy(name: str, backbone: str, env: str = "pusht") -> Rival:
+    cfg, task = settings(env), envs.get_task(env)
+    shared = {f.name for f in dataclasses.fields(PolicyConfig)} & {f.name for f in dataclasses.fields(cfg)} - {"backbone"}
     sizes = {field: getattr(cfg, field) for field in shared}
-    shapes = {"env": "pusht", "obs_shapes": task.obs_shapes, "action_dim": task.action_dim}
-    return OBJECTIVES[name](PolicyConfig(**shapes, **sizes, backbone=backbone))
+    return OBJECTIVES[name](PolicyConfig(obs_shapes=task.obs_shapes, action_dim=task.action_dim, backbone=backbone, **sizes))
 
 
 def marks(seconds: float) -> list[float]:
@@ -103,8 +107,8 @@ def training(policy: Rival, cfg: Config) -> Iterator[tuple[int, float, Rival, fl
 
     What the caller does between two steps is not on the clock.
     """
-    fast, task = dbp_train.Config(), envs.get_task("pusht")
-    data = demos.load(cfg.demos, "pusht", task.demo_arrays, task.demo_convert)
+    fast, task = settings(policy.config.env), envs.get_task(policy.config.env)
+    data = demos.load(cfg.demos, task.name, task.demo_arrays, task.demo_convert, record=task.demo_record)
     policy.fit_normalizers(data.obs, data.actions)
     policy.to(cfg.device).train()
     windows = demos.Windows(data, fast.obs_steps, fast.horizon, fast.action_steps, cfg.device)

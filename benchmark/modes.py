@@ -1,11 +1,12 @@
 """Hypotheses against the expert's modes on Push-T as training proceeds, after the paper's Figure 3.
 
-    python benchmark/modes.py --demos PATH/pusht_cchi_v7_replay.zarr        five minutes; writes benchmark/pictures/modes.png
+    python benchmark/modes.py --demos PATH/pusht_cchi_v7_replay.zarr     five minutes; writes benchmark/pictures/modes.png
     python benchmark/modes.py --seconds 5 --shown 20 60 100                 half a minute, to see that it runs
 
 The expert's modes at an observation are what demonstrations did at the observations nearest to it, from other episodes. Shown are
 the three observations, among those with near neighbours, whose neighbours disagree most: two ways, far apart, each taken in three
-episodes or more. Blue: the neighbours' chunks. Orange: chunks of the policy, one per latent, latents of std 1. Grey: the T and the agent.
+episodes or more. Blue: the neighbours' chunks. Orange: chunks of the policy, one per latent, latents of std 1. Grey: the T's
+keypoints and the agent.
 """
 
 from __future__ import annotations

@@ -205,6 +205,22 @@ def test_every_sampler_makes_the_network_calls_that_it_claims():
     assert Diffusion.SAMPLERS["ddpm-100"] == diffusion.LEVELS
 
 
+def test_a_rival_acts_the_same_as_the_policy_that_fine_tuning_loads(tmp_path):
+    import ppo_flow
+    import ppo_rivals
+
+    from policy import Policy
+
+    for kind, name, cls in ((BehaviourCloning, "gaussian", Policy), (Flow, "flow", ppo_flow.OneStepFlow)):
+        rival = toy(kind, action_dim=2).eval()
+        rival.normalize_action.fit(torch.tensor([[0.0, 0.0], [5.0, 9.0]]))
+        rival.act_with(list(kind.SAMPLERS)[-1])
+        ppo_rivals.as_policy(rival, name).save(tmp_path / "policy.pt")
+        loaded = cls.load(tmp_path / "policy.pt")
+        obs, z = {"state": torch.randn(6, 1, 1)}, torch.randn(6, 1, 2)
+        torch.testing.assert_close(loaded.act(obs, z * loaded.config.latent_scale), rival.act(obs, z))
+
+
 def test_marks_and_seconds_to_a_score():
     marks = baselines.marks(160.0)
     assert marks[0] == 10 and marks[-1] == 160 and all(1.1 < b / a < 1.7 for a, b in itertools.pairwise(marks))
