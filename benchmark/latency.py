@@ -61,8 +61,12 @@ class Config:
     print: bool = False  # print the tables of what there is, time nothing
 
 
-def make_config(preset: str) -> PolicyConfig:
-    cfg, task = dbp_train.Config(**dbp_train.PRESETS[preset]), envs.get_task("pusht")
+def settings(preset: str) -> dbp_train.Config:
+    return dbp_train.Config(**dbp_train.PRESETS[preset])
+
+
+def make_config(cfg: dbp_train.Config) -> PolicyConfig:
+    task = envs.get_task("pusht")
     names = ("obs_steps", "horizon", "action_steps", "latent_scale", "cond_width", "cond_depth", "width", "depth", "backbone")
     sizes = {name: getattr(cfg, name) for name in names}
     return PolicyConfig(env="pusht", obs_shapes=task.obs_shapes, action_dim=task.action_dim, **sizes)
@@ -153,7 +157,7 @@ def paths(policy: Policy, cfg: Config) -> dict[str, Callable]:
 
 
 def time_acting(preset: str, cfg: Config) -> dict:
-    config = make_config(preset)
+    config = make_config(settings(preset))
     policy = Policy(config).to(cfg.device).eval()
     diffusion = Diffusion(config).to(cfg.device).eval()
     calls = paths(policy, cfg)
@@ -244,24 +248,25 @@ def our_loss(generated: Tensor, positives: Tensor, temperatures: tuple[float, ..
     return dbp_loss(generated, positives, temperatures=temperatures)[0]
 
 
-def make_step(preset: str, cfg: Config, loss: Callable, compiled: bool = False, as_released: bool = False) -> Callable:
+def make_step(
+    train: dbp_train.Config, device: str, loss: Callable, compiled: bool = False, as_released: bool = False
+) -> Callable:
     """One training step on a random minibatch, from the draw to the averaged weights.
 
     as_released: as codes of Diffusion Policy's family arrange it: the condition repeated for every hypothesis before the network
     sees it, the optimiser not fused, the average taken weight by weight.
     """
-    train, config = dbp_train.Config(**dbp_train.PRESETS[preset]), make_config(preset)
-    B, G = train.batch_size, train.hypotheses
-    policy = Policy(config).to(cfg.device).train()
+    config, B, G = make_config(train), train.batch_size, train.hypotheses
+    policy = Policy(config).to(device).train()
     network, ema, weights = torch.compile(policy) if compiled else policy, EMA(policy), list(policy.parameters())
     optimizer = torch.optim.AdamW(weights, lr=train.lr, betas=train.betas, fused=not as_released)
     averages, count = list(ema.policy.parameters()), 0
 
     def step() -> None:
         nonlocal count
-        obs = {"state": torch.randn(B, config.obs_steps, *config.obs_shapes["state"], device=cfg.device)}
-        z = torch.randn(B, G, config.horizon, config.action_dim, device=cfg.device)
-        expert = torch.randn(B, 1, config.horizon * config.action_dim, device=cfg.device)
+        obs = {"state": torch.randn(B, config.obs_steps, *config.obs_shapes["state"], device=device)}
+        z = torch.randn(B, G, config.horizon, config.action_dim, device=device)
+        expert = torch.randn(B, 1, config.horizon * config.action_dim, device=device)
         if as_released:
             cond = policy.encode(obs).repeat_interleave(G, 0)  #                  (B*G, C)
             generated = policy.backbone(z.flatten(0, 1).unsqueeze(1), cond).view(B, G, -1)
@@ -278,7 +283,7 @@ def make_step(preset: str, cfg: Config, loss: Callable, compiled: bool = False, 
         else:
             ema.update(count)
         count += 1
-        if cfg.device != "cpu":
+        if device != "cpu":
             torch.cuda.synchronize()
 
     return step
@@ -286,13 +291,14 @@ def make_step(preset: str, cfg: Config, loss: Callable, compiled: bool = False, 
 
 def time_training(preset: str, cfg: Config, released: Callable | None) -> dict:
     """Samples per second of each kind of step, and milliseconds of each loss, forward and backward; all in turn."""
-    train = dbp_train.Config(**dbp_train.PRESETS[preset])
-    steps = {"eager": make_step(preset, cfg, our_loss), "torch.compile": make_step(preset, cfg, our_loss, compiled=True)}
+    train, device = settings(preset), cfg.device
+    steps = {"eager": make_step(train, device, our_loss)}
+    steps["torch.compile"] = make_step(train, device, our_loss, compiled=True)
     losses = {"ours": our_loss}
     if released:
         losses["released"] = released
-        steps["released loss in our step"] = make_step(preset, cfg, released)
-        steps["released loss, arranged as released"] = make_step(preset, cfg, released, as_released=True)
+        steps["released loss in our step"] = make_step(train, device, released)
+        steps["released loss, arranged as released"] = make_step(train, device, released, as_released=True)
     x = torch.randn(train.batch_size, train.hypotheses, 32, device=cfg.device, requires_grad=True)
     positives = torch.randn(train.batch_size, 1, 32, device=cfg.device)
     for step in steps.values():

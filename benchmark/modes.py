@@ -38,7 +38,7 @@ NEIGHBOURS, CANDIDATES, LATENTS = 10, 3000, 24  # neighbours of an observation; 
 class Config:
     demos: str = "embedded"  # demonstrations, as dbp_train.py takes them
     seconds: float = 160.0  # of training, about that of the preset fast
-    shown: tuple[int, ...] = (30, 150, 600, 2400)  # steps of the panels
+    shown: tuple[int, ...] = (30, 150, 600, 4000)  # steps of the panels
     seed: int = 0
     threads: int = 1  # of torch
 

@@ -58,11 +58,10 @@ def test_the_arrangements_of_a_step_learn_from_the_same_chunks():
     for as_released in (False, True):
         torch.manual_seed(0)
         seen = []
-        cfg = latency.Config()
 
         def loss(generated, positives, temperatures, seen=seen):
             seen.append(generated.shape)
             return latency.our_loss(generated, positives, temperatures)
 
-        latency.make_step("fast", cfg, loss, as_released=as_released)()
+        latency.make_step(latency.settings("fast"), "cpu", loss, as_released=as_released)()
         assert seen == [(256, 4, 32)]
