@@ -37,7 +37,7 @@ NEIGHBOURS, CANDIDATES, LATENTS = 10, 3000, 24  # neighbours of an observation; 
 @dataclasses.dataclass(frozen=True)
 class Config:
     demos: str = "embedded"  # demonstrations, as dbp_train.py takes them
-    seconds: float = 160.0  # of training, about that of the preset fast
+    seconds: float = 160.0  # of computing, about that of the preset fast
     shown: tuple[int, ...] = (30, 150, 600, 4000)  # steps of the panels
     seed: int = 0
     threads: int = 1  # of torch
@@ -106,7 +106,7 @@ def main() -> None:
     windows = demos.Windows(data, c.obs_steps, c.horizon, c.action_steps)
     every = torch.arange(len(windows))
     history, chunks = windows[every]
-    steps = baselines.training(policy, baselines.Config(demos=cfg.demos, seconds=cfg.seconds, device="cpu"))
+    steps = baselines.training(policy, baselines.Config(demos=cfg.demos, seconds=cfg.seconds, clock="cpu", device="cpu"))
     next(steps)  # fits the normalisers
     normal = policy.normalize_obs["state"](history["state"]).flatten(1)
     episode = torch.from_numpy(np.searchsorted(data.episode_ends, windows.index[:, c.obs_steps - 1], side="right"))
