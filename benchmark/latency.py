@@ -45,6 +45,7 @@ from policy import EMA, Policy, PolicyConfig
 
 NETWORKS = {"fast": "mlp", "paper": "unet"}  # preset -> backbone
 PER_ROUND = 10  # calls of every one-step path in a round, in which diffusion is called once
+LONGEST_TURN = 2.0  # seconds; slower paths get fewer calls: a bfloat16 that the processor emulates takes a minute
 TEMPERATURE_NAMES = ("R_list", "temperatures", "taus")  # of the argument in drift losses that are public
 LEAST_ROUNDS = 5  # however slow a path is
 
@@ -162,16 +163,17 @@ def time_acting(preset: str, cfg: Config) -> dict:
     diffusion = Diffusion(config).to(cfg.device).eval()
     calls = paths(policy, cfg)
     history = np.zeros((1, config.obs_steps, *config.obs_shapes["state"]), np.float32)
-    for call in calls.values():  # compiles, and warms up
-        for _ in range(PER_ROUND):
-            call(history)
+    for call in calls.values():  # compiles
+        call(history)
+    fit = {name: int(LONGEST_TURN / seconds_of(lambda: call(history))) for name, call in calls.items()}  # noqa: B023 called at once
+    turns = {name: min(max(number, 1), PER_ROUND) for name, number in fit.items()}
     times: dict[str, list[float]] = {name: [] for name in (*calls, "diffusion, 100 steps, eager")}
     ratios, rounds, start = [], 0, time.perf_counter()
     while rounds < LEAST_ROUNDS or time.perf_counter() - start < cfg.seconds:
         for name, call in calls.items():
-            times[name] += [seconds_of(lambda: call(history)) for _ in range(PER_ROUND)]  # noqa: B023 called at once
+            times[name] += [seconds_of(lambda: call(history)) for _ in range(turns[name])]  # noqa: B023 called at once
         times["diffusion, 100 steps, eager"].append(seconds_of(lambda: diffusion.act({"state": history}).cpu()))
-        ratios.append(times["diffusion, 100 steps, eager"][-1] / np.median(times["eager"][-PER_ROUND:]))
+        ratios.append(times["diffusion, 100 steps, eager"][-1] / np.median(times["eager"][-turns["eager"] :]))
         rounds += 1
     rows = {
         name: {"calls": len(t), **{f"p{q}_ms": round(1e3 * float(np.percentile(t, q)), 4) for q in (50, 95, 99)}}
