@@ -171,11 +171,19 @@ def train(name: str, seed: int, cfg: Config) -> list[dict]:
 # --- table and pictures ---------------------------------------------------------------------------------------------------
 
 
-def groups(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Rows of the same method and seconds, in the order of OBJECTIVES."""
+def label(row: dict) -> str:
+    """The method, and what its run had other than the rest."""
+    lr = "" if row["lr"] == Config.lr else f", rate {row['lr']:g}"
+    return row["method"] + (", U-Net" if row["backbone"] == "unet" else "") + lr
+
+
+def groups(rows: list[dict]) -> dict[tuple[str, float], list[dict]]:
+    """Rows of the same label and seconds, in the order of OBJECTIVES."""
     order = [sampler for objective in OBJECTIVES.values() for sampler in objective.SAMPLERS]
-    keys = sorted({(order.index(row["method"]), row["seconds"]) for row in rows})
-    return {(order[i], s): [row for row in rows if (row["method"], row["seconds"]) == (order[i], s)] for i, s in keys}
+    found: dict[tuple[str, float], list[dict]] = {}
+    for row in sorted(rows, key=lambda row: (order.index(row["method"]), label(row), row["seconds"])):
+        found.setdefault((label(row), row["seconds"]), []).append(row)
+    return found
 
 
 def seconds_to(curve: list, score: float) -> float:
@@ -198,7 +206,7 @@ def table(rows: list[dict]) -> str:
         speed = np.mean([row["steps"] / row["curve"][-1][0] for row in mine])
         lines.append(
             f"| {method} | {mine[0]['nfe']} | {seconds:.0f} | {len(mine)} | {score} | {success:.2f} | {to} | {speed:.0f} | "
-            f"{latency:.2f} ms | {PUBLISHED.get(method, '-')} |"
+            f"{latency:.2f} ms | {PUBLISHED.get(mine[0]['method'], '-')} |"
         )
     return "\n".join(lines)
 

@@ -87,7 +87,7 @@ TABLES: dict[str, Table] = {
         (),
         lambda: first_comparison(record.read(RESULTS / "diffusion.jsonl")),
     ),
-    "baselines": of_rows(baselines, "benchmark/baselines.py --demos PATH", "method", "seconds"),
+    "baselines": of_rows(baselines, "benchmark/baselines.py --demos PATH", "method", "seconds", "lr", "backbone"),
     "studies": of_rows(studies, "benchmark/studies.py --human PATH", "setting"),
     "latency": of_json(latency, "benchmark/latency.py --released PATH", latency.table),
     "scale": of_json(scale, "benchmark/scale.py", scale.table),

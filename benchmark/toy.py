@@ -37,9 +37,9 @@ WAYS = ((-1.0, 0.1), (1.0, 0.1))  # of the expert
 def expert(number: int, generator: torch.Generator) -> Tensor:
     """(number, 2): either way, a little spread along it."""
     side = torch.randint(2, (number,), generator=generator)
-    spread = torch.tensor([0.10, 0.28]) * torch.randn(number, 2, generator=generator)
-    lean = torch.tensor([[0.35, 1.0], [-0.35, 1.0]])[side] * spread[:, 1:] + torch.cat([spread[:, :1], 0 * spread[:, :1]], 1)
-    return torch.tensor(WAYS)[side] + lean
+    across, along = (torch.tensor([0.10, 0.28]) * torch.randn(number, 2, generator=generator)).T
+    tilt = torch.tensor([0.35, -0.35])[side]
+    return torch.tensor(WAYS)[side] + torch.stack([across + tilt * along, along], -1)
 
 
 def train(loss_of, seed: int = 1) -> dict[int, tuple[Tensor, Tensor]]:

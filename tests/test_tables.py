@@ -87,6 +87,8 @@ def run_of(method: str, seconds: float, seed: int, score: float) -> dict:
     curve = [[10.0, 100, score - 0.1], [seconds, 1000, score]]
     return {"method": method, "seconds": seconds, "train_seed": seed, "score": score, "steps": 1000, "curve": curve} | {
         "nfe": 1,
+        "lr": 1e-3,
+        "backbone": "mlp",
         "success_rate": 0.5,
         "latency_ms_p50": 0.7,
     }
@@ -94,11 +96,12 @@ def run_of(method: str, seconds: float, seed: int, score: float) -> dict:
 
 def test_the_table_of_baselines(tmp_path):
     rows = [run_of("dbp", 160, 0, 0.95), run_of("dbp", 160, 1, 0.93), run_of("ddpm-100", 160, 0, 0.7)]
-    rows.append(run_of("ddpm-100", 1600, 0, 0.91))
+    rows += [run_of("ddpm-100", 1600, 0, 0.91), run_of("ddpm-100", 160, 0, 0.8) | {"lr": 3e-4}]
     lines = table.baselines.table(rows).splitlines()
     assert "| dbp | 1 | 160 | 2 | 0.940 | 0.014 | 0.50 | 160, 160 | 6 | 0.70 ms | 0.87 |" in lines
     assert any(line.startswith("| ddpm-100 | 1 | 160 | 1 | 0.700 | - | 0.50 | not reached |") for line in lines)
     assert any(line.startswith("| ddpm-100 | 1 | 1600 | 1 | 0.910 | - | 0.50 | 1600 |") for line in lines)
+    assert any(line.startswith("| ddpm-100, rate 0.0003 | 1 | 160 | 1 | 0.800 |") for line in lines)  # not mixed with the others
     table.baselines.draw(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
