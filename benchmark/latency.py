@@ -261,7 +261,7 @@ def make_step(
     config, B, G = make_config(train), train.batch_size, train.hypotheses
     policy = Policy(config).to(device).train()
     network, ema, weights = torch.compile(policy) if compiled else policy, EMA(policy), list(policy.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=train.lr, betas=train.betas, fused=not as_released)
+    optimizer = torch.optim.AdamW(weights, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=not as_released)
     averages, count = list(ema.policy.parameters()), 0
 
     def step() -> None:
@@ -271,7 +271,7 @@ def make_step(
         expert = torch.randn(B, 1, config.horizon * config.action_dim, device=device)
         if as_released:
             cond = policy.encode(obs).repeat_interleave(G, 0)  #                  (B*G, C)
-            generated = policy.backbone(z.flatten(0, 1).unsqueeze(1), cond).view(B, G, -1)
+            generated = policy.backbone(z.flatten(0, 1).unsqueeze(1), cond).reshape(B, G, -1)
         else:
             generated = network(obs, z).flatten(2)
         optimizer.zero_grad(set_to_none=True)
