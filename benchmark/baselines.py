@@ -240,8 +240,11 @@ def draw(rows: list[dict], path: Path) -> None:
     left.legend(fontsize=8)
     right.set(xscale="log", xlabel="milliseconds per chunk, batch 1", ylabel="score, 100 unseen starts")
     right.set_title("what a chunk costs, and what it is worth", fontsize=10)
+    right.margins(x=0.15)  # room for the names
     for ax in (left, right):
         ax.grid(alpha=0.3)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

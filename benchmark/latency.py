@@ -369,6 +369,8 @@ def main() -> None:
         result["acting"] = {preset: time_acting(preset, cfg) for preset in cfg.networks}
         result["training"] = {preset: time_training(preset, cfg, loss) for preset in cfg.training}
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    elif not RESULTS.is_file():
+        sys.exit(f"error: there is no {RESULTS.relative_to(ROOT)} yet; run without --print")
     print(table(json.loads(RESULTS.read_text())))
 
 

@@ -129,6 +129,8 @@ def main() -> None:
         result = {**record.stamp(), "torch": torch.__version__, "device": cfg.device}
         result["samples_per_second"] = {str(number): round(float(np.median(s)), 1) for number, s in speeds.items()}
         RESULTS.write_text(json.dumps({**result, "cells": cells(cfg.device)}, indent=1) + "\n")
+    elif not RESULTS.is_file():
+        sys.exit(f"error: there is no {RESULTS.relative_to(ROOT)} yet; run without --print")
     print(table(json.loads(RESULTS.read_text())))
 
 
