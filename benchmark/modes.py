@@ -38,20 +38,20 @@ NEIGHBOURS, CANDIDATES, LATENTS = 10, 3000, 24  # neighbours of an observation; 
 class Config:
     demos: str = "embedded"  # demonstrations, as dbp_train.py takes them
     seconds: float = 160.0  # of computing, about that of the preset fast
-    shown: tuple[int, ...] = (30, 150, 600, 4000)  # steps of the panels
+    shown: tuple[int, ...] = (30, 150, 600, 2400)  # steps of the panels
     seed: int = 0
     threads: int = 1  # of torch
 
 
-def neighbours(obs: Tensor, episode: Tensor, which: int) -> Tensor:
+def neighbours(obs: Tensor, episode: Tensor, which: int) -> list[int]:
     """The NEIGHBOURS windows nearest to one, each from another episode. obs (windows, numbers), normalised."""
-    d = (obs - obs[which]).norm(dim=-1)
+    d = torch.cdist(obs[which : which + 1], obs, compute_mode="donot_use_mm_for_euclid_dist")[0]  # without (windows, numbers)
     found: dict[int, int] = {}
     for i in d.argsort()[:400].tolist():
         found.setdefault(int(episode[i]), i)
         if len(found) == NEIGHBOURS:
             break
-    return torch.tensor(list(found.values()))
+    return list(found.values())
 
 
 def disagreement(chunks: Tensor) -> float:
@@ -70,12 +70,13 @@ def disagreement(chunks: Tensor) -> float:
     return ((means[0] - means[1]).norm() / (within + 0.1)).item()  # 0.1: no prize for the identical
 
 
-def most_disputed(obs: Tensor, chunks: Tensor, episode: Tensor, number: int, seed: int) -> list[tuple[int, Tensor]]:
+def most_disputed(obs: Tensor, chunks: Tensor, episode: Tensor, number: int, seed: int) -> list[tuple[int, list[int]]]:
     """(window, its neighbours) of the windows whose neighbours disagree most, from different episodes."""
     looked_at = torch.randperm(len(obs), generator=torch.Generator().manual_seed(seed))[:CANDIDATES].tolist()
     near = {which: neighbours(obs, episode, which) for which in looked_at}
     reach = {which: (obs[near[which]] - obs[which]).norm(dim=-1).max().item() for which in looked_at}
-    close = [which for which in looked_at if reach[which] < np.quantile(list(reach.values()), 0.25)]  # neighbours that are near
+    limit = np.quantile(list(reach.values()), 0.25)
+    close = [which for which in looked_at if reach[which] <= limit]  # their neighbours are near
     ranked = sorted(close, key=lambda which: -disagreement(chunks[near[which]].flatten(1)))
     chosen: dict[int, int] = {}
     for which in ranked:
