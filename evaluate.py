@@ -3,6 +3,7 @@
     python evaluate.py --ckpt runs/pusht/dbp.pt                               100 unseen starts, about 15 s
     python evaluate.py --ckpt runs/pusht/dbp.pt --gif push.gif --episodes 3   watch it, at four times the real speed
     python evaluate.py --ckpt runs/pusht/dbp.pt --json                        one line for programs
+    python evaluate.py --ckpt runs/pusht/dbp.pt --export policy.onnx          the policy for onnxruntime, no simulator needed
 
 Protocol: episode i starts from seed seed_start + i; each decision draws one latent and makes one network call (1 NFE, no
 exploration noise). All episodes run side by side; the latents come from --seed, whichever episodes are still running.
@@ -11,16 +12,21 @@ Training selects its best checkpoint on starts from 50,000 on, and reports on st
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import importlib.util
 import json
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from torch import Tensor, nn
 
 import envs
 import vector
@@ -32,6 +38,7 @@ SELECTION_SEED = 50_000  # first start of the evaluations that choose a checkpoi
 REPORT_SEED = 100_000  # first start of the final evaluation
 COLUMNS = ["score", "score_low", "score_high", "success_rate"]  # of a training's log
 FILMED = 3  # episodes shown next to each other in a GIF
+EXPORT_TOLERANCE = 1e-5  # of the actions' half range: float32 rounding stays below, a wrong graph does not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Config:
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
     gif: str = ""  # write a film of the first three episodes here
     json: bool = False  # print nothing but one JSON line
+    export: str = ""  # write the policy as an ONNX file here, check it, and run no episodes
 
 
 def rollout(policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int = 0, film: bool = False) -> dict[str, np.ndarray]:
@@ -208,6 +216,70 @@ def write_gif(frames: list[list[np.ndarray]], path: str | Path, every: int = 2, 
         iio.imwrite(path, np.stack(steps), extension=".gif", duration=1000 / fps, loop=0)
 
 
+# --- export -------------------------------------------------------------------------------------------------------------
+
+
+class Deployed(nn.Module):
+    """What a robot calls: raw observation history and latent in, raw actions out, Eq. (22); the normalisers are inside.
+
+    forward: obs {key: (1, To, *shape)}, environment units, images uint8; z (1, Tp, Da), already scaled -> (1, Ta, Da).
+    It is `Policy.act` without its checks, which no graph can hold, and without the draw of z, which stays the caller's.
+    """
+
+    def __init__(self, policy: Policy):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, obs: dict[str, Tensor], z: Tensor) -> Tensor:
+        chunk = self.policy(obs, z.unsqueeze(1))[:, 0]
+        return self.policy.normalize_action.inverse(self.policy.executed(chunk))
+
+
+def typical_inputs(policy: Policy, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    """One observation history within the range of the demonstrations, and one latent: ({key: (1, To, *shape)}, (1, Tp, Da))."""
+    c, obs = policy.config, {}
+    for key, shape in c.obs_shapes.items():
+        if kind(shape) == "image":
+            obs[key] = torch.randint(0, 256, (1, c.obs_steps, *shape), generator=generator, dtype=torch.uint8)
+        else:  # clouds that are measured from the hand are then some centimetres off, which changes nothing here
+            obs[key] = policy.normalize_obs[key].inverse(2 * torch.rand(1, c.obs_steps, *shape, generator=generator) - 1)
+    return obs, policy.sample_latents(1, generator)
+
+
+def export_onnx(policy: Policy, path: str | Path) -> float | None:
+    """Write `Deployed` as one ONNX file: inputs named as the observations, and `z`; output `actions`; batch 1.
+
+    Returns: the largest difference to the eager policy over 20 inputs, in units of the actions' half range, or None where
+    onnxruntime is not installed. Raises ImportError with the pip command where the exporter's packages are missing; ValueError
+    where the difference is above EXPORT_TOLERANCE, and then no file is left.
+    """
+    for name in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"--export needs the package {name}, not installed here: pip install -r requirements-export.txt")
+    path, policy = Path(path), copy.deepcopy(policy).cpu().float().eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names, generator = [*policy.config.obs_shapes, "z"], torch.Generator().manual_seed(0)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of torchvision, which nothing here uses
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"input_names": names, "output_names": ["actions"], "dynamo": True, "external_data": False, "verbose": False}
+        torch.onnx.export(Deployed(policy).eval(), typical_inputs(policy, generator), str(path), **options)
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    session, worst = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]), 0.0
+    for _ in range(20):
+        obs, z = typical_inputs(policy, generator)
+        (actions,) = session.run(None, {key: x.numpy() for key, x in {**obs, "z": z}.items()})
+        apart = (torch.from_numpy(actions) - policy.act(obs, z)) / policy.normalize_action.half_range
+        worst = max(worst, apart.abs().max().item())
+    if not worst <= EXPORT_TOLERANCE:
+        path.unlink()
+        raise ValueError(f"the exported graph differs from the policy by {worst:.1e} of the actions' half range; it was removed")
+    return worst
+
+
 def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     if cfg.episodes < 1:
@@ -223,6 +295,13 @@ def main() -> None:
         policy.config = dataclasses.replace(policy.config, latent_scale=cfg.latent_scale)
     if cfg.env not in ("", policy.config.env):
         raise UserError(f"{cfg.ckpt} was trained for {policy.config.env}, not for {cfg.env}; give the checkpoint of that task")
+    if cfg.export:
+        with plain_errors():
+            worst = export_onnx(policy, cfg.export)
+        line = {"export": cfg.export, "bytes": Path(cfg.export).stat().st_size, "difference": worst}
+        checked = "not checked: pip install onnxruntime" if worst is None else f"equal to {worst:.1e} of the actions' half range"
+        print(json.dumps(line) if cfg.json else f"{cfg.export}: {line['bytes'] / 1e6:.1f} MB, {checked}")
+        return
     with plain_errors():
         task = envs.get_task(policy.config.env)
         if task.obs_shapes != policy.config.obs_shapes:

@@ -9,8 +9,6 @@ episodes start again within the timed region in all three.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+import record
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import locomotion
 import vector
 
+RESULTS = ROOT / "benchmark" / "results" / "env_speed.json"
 CHUNK = 4
 
 
@@ -74,12 +74,20 @@ def compare(body: str, num_envs: int, steps: int = 80, rounds: int = 9) -> dict:
     return {"body": body, "num_envs": num_envs, **speeds, "ratio_to_the_better": round(statistics.median(ratios), 2)}
 
 
+def table(result: dict) -> str:
+    names = {"hopper": "Hopper", "walker2d": "Walker2d", "halfcheetah": "HalfCheetah", "ant": "Ant"}
+    lines = ["| body | ours | SyncVectorEnv | AsyncVectorEnv | against the better |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        speeds = " | ".join(f"{row[name]:,}" for name in ("ours", "SyncVectorEnv", "AsyncVectorEnv"))
+        lines.append(f"| {names[row['body']]} | {speeds} | {row['ratio_to_the_better']:.1f} times |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     rows = [compare(body, 40) for body in locomotion.BODIES]
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    result = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "gymnasium": gymnasium.__version__, "rows": rows}
-    print(json.dumps(result, indent=1))
-    (ROOT / "benchmark" / "results" / "env_speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {**record.stamp(), "gymnasium": gymnasium.__version__, "rows": rows}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
 
 
 if __name__ == "__main__":

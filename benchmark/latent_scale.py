@@ -18,6 +18,7 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark" / "results" / "latent_scale.json"
 SCALES = (0.0, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -26,20 +27,24 @@ class Config:
     ckpt: str = "runs/benchmark/human-fast-0/dbp.pt"  # a policy, trained with latents of std 1
 
 
+def table(rows: list[dict]) -> str:
+    lines = ["| std of the latents | score, 200 episodes | 95 % interval | success |", "|---|---|---|---|"]
+    for row in rows:
+        low, high = row["score_ci95"]
+        lines.append(f"| {row['latent_scale']} | {row['score']:.3f} | {low:.3f} to {high:.3f} | {row['success_rate']:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
-    lines = ["| std of the latents | score, 200 episodes | 95 % interval | success |", "|---|---|---|---|"]
     rows = []
     for scale in SCALES:
         flags = ["--ckpt", cfg.ckpt, "--episodes", "200", "--seed-start", "300000", "--latent-scale", str(scale), "--json"]
         command = [sys.executable, "evaluate.py", *flags]
         row = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
         rows.append({"latent_scale": scale, "date": time.strftime("%Y-%m-%d"), "ckpt": Path(cfg.ckpt).parent.name, **row})
-        low, high = row["score_ci95"]
-        lines.append(f"| {scale} | {row['score']:.3f} | {low:.3f} to {high:.3f} | {row['success_rate']:.2f} |")
-        print(lines[-1], flush=True)
-    (ROOT / "benchmark" / "results" / "latent_scale.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print("\n".join(lines))
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
 
 
 if __name__ == "__main__":

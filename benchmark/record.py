@@ -28,11 +28,15 @@ def run(script: str, out: Path, flags: list[str]) -> dict:
 
 def append(path: Path, key: dict, line: dict) -> None:
     """key: what the run is called in its table; line: what it gave."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    stamp = {**key, "date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": machine()}
     path.parent.mkdir(exist_ok=True)
     with open(path, "a") as file:
-        file.write(json.dumps({**stamp, **line}) + "\n")
+        file.write(json.dumps({**key, **stamp(), **line}) + "\n")
+
+
+def stamp() -> dict:
+    """When, with what and on what."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": machine()}
 
 
 def machine() -> str:

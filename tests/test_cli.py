@@ -175,6 +175,15 @@ def test_evaluate_for_people(whole, work):
     assert "1 NFE" in done.stdout and "from seed 5" in done.stdout
 
 
+def test_export_writes_a_file_and_one_json_line(whole, work):
+    pytest.importorskip("onnxscript", reason="the exporter: pip install -r requirements-export.txt")
+    done = run(EVALUATE, *flags(ckpt="whole/dbp.pt", export="new/policy.onnx"), "--json", cwd=work)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    assert line["export"] == "new/policy.onnx" and line["bytes"] == (work / "new" / "policy.onnx").stat().st_size
+    assert line["difference"] is None or line["difference"] < 1e-5  # none: onnxruntime is not installed
+
+
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 # dbp_train.py as it is, but for the third save of state.pt (step 200): half of it is written, then comes kill -9.

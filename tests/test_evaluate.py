@@ -7,7 +7,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MLP
+from conftest import TINY_MLP, TINY_UNET
 
 import envs
 import evaluate
@@ -178,3 +178,54 @@ def test_gif_holds_the_last_frame_of_the_shorter_episode(tmp_path):
     assert film.shape[1:] == (8, 16, 3)  # side by side
     assert np.abs(film[0, :, :8].astype(int)).max() < 10 and np.abs(film[-1, :, :8].astype(int) - 200).max() < 10
     assert (film[:, :, 8:] > 245).all()
+
+
+# --- export -------------------------------------------------------------------------------------------------------------
+
+EXPORTED = {
+    "mlp": {"obs_shapes": {"state": (3,)}},
+    "unet": {"obs_shapes": {"state": (3,)}, **TINY_UNET},
+    "camera": {"obs_shapes": {"robot": (4,), "image": (24, 24, 3)}},
+    "cloud from the hand": {"obs_shapes": {"robot": (4,), "points": (30, 3)}, "cloud_origin": "robot"},
+}
+
+
+def fitted(**changes) -> Policy:
+    """A policy whose normalisers are not the identity: raw units matter."""
+    policy = make_policy(**changes)
+    policy.normalize_action.fit(torch.tensor([[-50.0, 3.0], [450.0, 3.2]]))
+    for normalizer in policy.normalize_obs.values():
+        normalizer.fit(torch.stack([torch.full(normalizer.center.shape, value) for value in (-2.0, 5.0)]))
+    return policy
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_the_exported_graph_acts_as_the_policy(name, tmp_path):
+    pytest.importorskip("onnxscript", reason="the exporter: pip install -r requirements-export.txt")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-export.txt")
+    policy = fitted(**EXPORTED[name])
+    assert evaluate.export_onnx(policy, tmp_path / "policy.onnx") < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "policy.onnx", providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == [*policy.config.obs_shapes, "z"]
+    assert [list(o.shape) for o in session.get_outputs()] == [[1, TA, DA]]
+    obs, z = evaluate.typical_inputs(policy, torch.Generator().manual_seed(5))
+    actions = session.run(None, {key: x.numpy() for key, x in {**obs, "z": z}.items()})[0]
+    np.testing.assert_allclose(actions, policy.act(obs, z), rtol=0, atol=1e-5 * 250)  # half range of the first action: 250
+    other = session.run(None, {key: x.numpy() for key, x in {**obs, "z": z + 1}.items()})[0]
+    assert np.abs(other - actions)[..., 0].max() > 0.1  # the latent is an input, not a constant of the graph
+
+
+def test_a_graph_that_differs_is_refused_and_removed(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="the exporter: pip install -r requirements-export.txt")
+    pytest.importorskip("onnxruntime", reason="pip install -r requirements-export.txt")
+    honest = evaluate.Deployed.forward
+    monkeypatch.setattr(evaluate.Deployed, "forward", lambda self, obs, z: honest(self, obs, z) * 1.001)
+    with pytest.raises(ValueError, match="differs from the policy"):
+        evaluate.export_onnx(fitted(), tmp_path / "policy.onnx")
+    assert not (tmp_path / "policy.onnx").exists()
+
+
+def test_export_without_its_packages_names_the_pip_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install -r requirements-export\.txt"):
+        evaluate.export_onnx(make_policy(), tmp_path / "policy.onnx")
