@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from manipulation import save_episodes
-from robomimic_tasks import STEP, TURN, Robosuite, clip_norm, matrix, vector
+from robomimic_tasks import STEP, TURN, Robosuite, clip_norm
+from rotations import matrix, vector
 
 OPEN, CLOSED = -1.0, 1.0
 SHAKE = {"lift": 0.02, "can": 0.02, "square": 0.02, "transport": 0.005}  # metres; a hammer that is pushed turns in the hand

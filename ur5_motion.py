@@ -1,0 +1,241 @@
+"""Two UR5e arms as numbers: kinematics, trajectories of way-points, and the limits that every command has to keep.
+
+Nothing here talks to a robot, looks at a clock or starts a thread: the same functions run in the twin, on real arms and in tests.
+
+Symbols                          shape          unit
+    q, qd      joints            (..., 6)       rad, rad/s     base, shoulder, elbow, wrist 1, 2, 3
+    frames     joint frames      (..., 6, 4, 4) m              DH frames 1 .. 6 in the arm's base; the sixth is the flange
+    tcp        tool centre       (..., 4, 4)    m              flange + TOOL along its z, between the finger tips
+    base       arm in the cell   (4, 4)         m              base frame of one arm in the cell's frame (table top: z = 0)
+    commands   both arms         (2, 6)         rad            left, right
+
+The arm's constants are Universal Robots': DH parameters of the article "DH parameters for calculations of kinematics and dynamics",
+joint ranges and speeds of the UR5e user manual. A real arm differs from its nominal kinematics by up to millimetres; the
+controller holds its own calibration, which this file does not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from rotations import from_six, vector
+
+ARMS = ("left", "right")
+DH_A = np.array([0.0, -0.425, -0.3922, 0.0, 0.0, 0.0])  # metres
+DH_D = np.array([0.1625, 0.0, 0.0, 0.1333, 0.0997, 0.0996])
+DH_ALPHA = np.array([math.pi / 2, 0.0, 0.0, math.pi / 2, -math.pi / 2, 0.0])  # rad
+JOINT_RANGE = 2 * math.pi  # every joint turns by so much either way, rad
+JOINT_SPEED = math.pi  # of every joint at the most, rad/s
+TOOL = 0.15  # flange to finger tips, metres
+OPENING = 0.085  # of the gripper at the most, metres
+HOME = np.array([0.0, -1.7, 1.95, -1.8208, -math.pi / 2, 0.0])  # elbow up, the hand straight down in front of the base
+
+# Capsules that contain an arm and its hand, for the distance between the arms: (frame, point) to (frame, point), radius. Frame 0 is
+# the base. The upper arm runs 0.138 m beside the shoulder's axis, the forearm 0.007 m (measured by UR from its CAD model).
+CAPSULES = (
+    (2, (0.425, 0, 0.138), 2, (0, 0, 0.138), 0.065),
+    (3, (0.3922, 0, 0.007), 3, (0, 0, 0.007), 0.055),
+    (3, (0, 0, 0), 4, (0, 0, 0), 0.05),
+    (4, (0, 0, 0), 5, (0, 0, 0), 0.05),
+    (5, (0, 0, 0), 6, (0, 0, TOOL), 0.06),
+)
+
+
+# --- kinematics -------------------------------------------------------------------------------------------------------
+
+
+def frames(q: np.ndarray) -> np.ndarray:
+    """Frames 1 .. 6 of the DH chain, RotZ(q) TransZ(d) TransX(a) RotX(alpha) each. (..., 6) -> (..., 6, 4, 4)."""
+    c, s, ca, sa = np.cos(q), np.sin(q), np.cos(DH_ALPHA), np.sin(DH_ALPHA)
+    link = np.zeros((*q.shape, 4, 4))
+    link[..., 0, 0], link[..., 0, 1], link[..., 0, 2], link[..., 0, 3] = c, -s * ca, s * sa, DH_A * c
+    link[..., 1, 0], link[..., 1, 1], link[..., 1, 2], link[..., 1, 3] = s, c * ca, -c * sa, DH_A * s
+    link[..., 2, 1], link[..., 2, 2], link[..., 2, 3], link[..., 3, 3] = sa, ca, DH_D, 1.0
+    for i in range(1, 6):
+        link[..., i, :, :] = link[..., i - 1, :, :] @ link[..., i, :, :]
+    return link
+
+
+def tcp(chain: np.ndarray) -> np.ndarray:
+    """Tool centre from `frames`. (..., 6, 4, 4) -> (..., 4, 4)."""
+    pose = chain[..., 5, :, :].copy()
+    pose[..., :3, 3] += TOOL * pose[..., :3, 2]
+    return pose
+
+
+def jacobian(chain: np.ndarray) -> np.ndarray:
+    """Velocity of the tool centre per joint velocity, base frame: linear over angular. One arm's frames -> (6, 6)."""
+    axes = np.concatenate([[[0.0, 0.0, 1.0]], chain[:5, :3, 2]])
+    origins = np.concatenate([np.zeros((1, 3)), chain[:5, :3, 3]])
+    return np.concatenate([np.cross(axes, tcp(chain)[:3, 3] - origins), axes], 1).T
+
+
+def inverse(pose: np.ndarray, q: np.ndarray, steps: int = 20, within: float = 1e-4) -> np.ndarray:
+    """Joints (6,) that bring the tool centre to `pose` (4, 4) in the base frame, next to the joints q: damped least squares.
+
+    Raises: ValueError where `steps` iterations do not come within so many metres and rad, as out of reach.
+    """
+    q = q.copy()
+    for _ in range(steps):
+        chain = frames(q)
+        now = tcp(chain)
+        error = np.concatenate([pose[:3, 3] - now[:3, 3], vector(pose[:3, :3] @ now[:3, :3].T)])
+        if np.abs(error).max() < within:
+            return q
+        J = jacobian(chain)
+        # The damping shrinks with the error, so that the last steps are Newton's and a singular pose still does not blow up.
+        move = J.T @ np.linalg.solve(J @ J.T + 1e-3 * min(1.0, float(error @ error) + 1e-4) * np.eye(6), error)
+        q += move * min(1.0, 0.5 / max(np.abs(move).max(), 1e-9))
+    x, y, z = pose[:3, 3]
+    raise ValueError(f"the arm cannot reach ({x:.3f}, {y:.3f}, {z:.3f}) m from its base; {np.abs(error).max():.3f} m or rad are left")
+
+
+def mounted(x: float, y: float, z: float, yaw: float) -> np.ndarray:
+    """An upright base at so many metres in the cell, turned about the vertical by yaw, rad. -> (4, 4)"""
+    c, s = math.cos(yaw), math.sin(yaw)
+    return np.array([[c, -s, 0, x], [s, c, 0, y], [0, 0, 1, z], [0, 0, 0, 1.0]])
+
+
+def pose_of(position: np.ndarray, rotation6: np.ndarray) -> np.ndarray:
+    """An action's position (3,) and 6-D rotation -> (4, 4)."""
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = from_six(np.asarray(rotation6, np.float64)), position
+    return pose
+
+
+# --- distance between the arms ------------------------------------------------------------------------------------------
+
+
+def segments(chain: np.ndarray, bases: np.ndarray) -> np.ndarray:
+    """Axes of CAPSULES in the cell. chain (2, 6, 4, 4), bases (2, 4, 4) -> (2, capsules, 2 ends, 3), metres."""
+    world = bases[:, None] @ np.concatenate([np.broadcast_to(np.eye(4), (2, 1, 4, 4)), chain], 1)  # (2, 7, 4, 4)
+    which, local = _CAPSULE_FRAMES, _CAPSULE_POINTS
+    ends = world[:, which, :3, :3] @ local[..., None]
+    return (ends[..., 0] + world[:, which][..., :3, 3]).reshape(2, len(CAPSULES), 2, 3)
+
+
+_CAPSULE_FRAMES = np.array([frame for first, _, second, _, _ in CAPSULES for frame in (first, second)])
+_CAPSULE_POINTS = np.array([point for _, first, _, second, _ in CAPSULES for point in (first, second)], float)
+_CAPSULE_RADII = np.array([radius for *_, radius in CAPSULES])
+
+
+def segment_distance(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Shortest distances between segments, p and q (..., 2 ends, 3), none of them a point. -> (...)"""
+    u, v, w = p[..., 1, :] - p[..., 0, :], q[..., 1, :] - q[..., 0, :], p[..., 0, :] - q[..., 0, :]
+    a, b, c, d, e = ((x * y).sum(-1) for x, y in ((u, u), (u, v), (v, v), (u, w), (v, w)))
+    s = np.clip((b * e - c * d) / np.maximum(a * c - b * b, 1e-12), 0, 1)  # on p, as if q were endless
+    t = np.clip((b * s + e) / c, 0, 1)  # nearest to that on q
+    s = np.clip((b * t - d) / a, 0, 1)  # and back, where q has ended
+    return np.linalg.norm(w + s[..., None] * u - t[..., None] * v, axis=-1)
+
+
+def clearance(chain: np.ndarray, bases: np.ndarray) -> float:
+    """Metres of air between the two arms. chain (2, 6, 4, 4), bases (2, 4, 4)."""
+    left, right = segments(chain, bases)
+    distance = segment_distance(left[:, None], right[None])
+    return float((distance - _CAPSULE_RADII[:, None] - _CAPSULE_RADII).min())
+
+
+# --- limits -------------------------------------------------------------------------------------------------------------
+
+
+class Fault(Exception):
+    """Why the arms have to stop. It is raised before the offending command is sent, and only a new start clears it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What no command may leave; one set per cell. Boxes hold the tool centre, in the cell's frame."""
+
+    box_low: tuple[tuple[float, float, float], ...]  # per arm, metres
+    box_high: tuple[tuple[float, float, float], ...]  # per arm, metres
+    joint_low: tuple[float, ...]  # of each joint, rad
+    joint_high: tuple[float, ...]  # of each joint, rad
+    joint_speed: float  # rad/s
+    joint_acceleration: float  # rad/s^2
+    tcp_speed: float  # m/s
+    step: float  # from the measured to the commanded joint, rad
+    clearance: float  # air between the arms, metres
+    start: float  # from the measured to the first commanded joint, rad
+
+    def check(self, q: np.ndarray, bases: np.ndarray, what: str) -> None:
+        """Raises Fault where joints q (2, 6) of the two arms leave the limits; what: whose joints, for the message."""
+        if not np.isfinite(q).all():
+            raise Fault(f"{what}: joints hold NaN or infinity")
+        low, high = np.array(self.joint_low), np.array(self.joint_high)
+        outside = np.argwhere((q < low) | (q > high))
+        if len(outside):
+            arm, joint = outside[0]
+            raise Fault(
+                f"{what}: joint {joint + 1} of the {ARMS[arm]} arm at {q[arm, joint]:.3f} rad, allowed {low[joint]:.3f} to "
+                f"{high[joint]:.3f}"
+            )
+        chain = frames(q)
+        places = (bases @ tcp(chain))[:, :3, 3]
+        for arm, place, box_low, box_high in zip(ARMS, places, self.box_low, self.box_high, strict=True):
+            if (place < box_low).any() or (place > box_high).any():
+                raise Fault(f"{what}: the {arm} hand at {np.round(place, 3)} m, outside its workspace {box_low} to {box_high}")
+        air = clearance(chain, bases)
+        if air < self.clearance:
+            raise Fault(f"{what}: {air:.3f} m between the arms, at least {self.clearance} m are wanted")
+
+
+def braked(q: np.ndarray, qd: np.ndarray, acceleration: float) -> np.ndarray:
+    """Where joints at q that move with qd come to rest under that deceleration, rad."""
+    return q + qd * np.abs(qd) / (2 * acceleration)
+
+
+def limited_step(q: np.ndarray, qd: np.ndarray, want: np.ndarray, dt: float, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
+    """The next command towards `want`, one period dt (s) on: speeds and accelerations within the limits, ready to brake in time.
+
+    Args: q, qd, want (2, 6). Returns: q, qd after dt. The speed never exceeds what can be braked over the way that is left, so
+        that a target which stands still is reached without overshoot.
+    """
+    a, gap = limits.joint_acceleration, want - q
+    # Largest speed v with v dt + v^2 / 2a <= |gap|: one period at v, then braking, ends on the target.
+    brake = a * (np.sqrt(dt * dt + 2 * np.abs(gap) / a) - dt)
+    speed = np.sign(gap) * np.minimum(np.minimum(np.abs(gap) / dt, limits.joint_speed), brake)
+    pace = np.abs(tcp(frames(q + speed * dt))[:, :3, 3] - tcp(frames(q))[:, :3, 3])
+    pace = np.linalg.norm(pace, axis=-1, keepdims=True) / dt  # (2, 1)  m/s that the hand would have
+    speed = speed * np.minimum(1.0, limits.tcp_speed / np.maximum(pace, 1e-9))
+    qd = qd + np.clip(speed - qd, -a * dt, a * dt)
+    return q + qd * dt, qd
+
+
+# --- way-points in time ---------------------------------------------------------------------------------------------------
+
+
+class Trajectory:
+    """Way-points with times, joined chunk to chunk. Late ones are dropped and never replayed, and there is never a jump: each chunk
+    begins where the commands are when it arrives.
+    """
+
+    def __init__(self, now: float, q: np.ndarray, grip: np.ndarray):
+        """Stand still at q (2, 6), grip (2,), from now on, in seconds of the caller's clock."""
+        self.times, self.values, self.dropped = np.array([now]), np.concatenate([q, grip[:, None]], 1)[None], 0
+
+    @property
+    def end(self) -> float:
+        return float(self.times[-1])
+
+    def join(self, now: float, times: np.ndarray, q: np.ndarray, grip: np.ndarray) -> bool:
+        """Replace what comes after now by times (K,), q (K, 2, 6), grip (K, 2). Returns: whether any of it was still to come."""
+        late = times <= now
+        self.dropped += int(late.sum())
+        if late.all():
+            return False
+        here = self.at(now)
+        later = np.concatenate([q, grip[..., None]], -1)[~late]
+        self.times, self.values = np.concatenate([[now], times[~late]]), np.concatenate([here[None], later])
+        return True
+
+    def at(self, t: float) -> np.ndarray:
+        """Joints and grip at time t, (2, 7); before the first and after the last way-point, that way-point."""
+        i = int(np.searchsorted(self.times, t, side="right"))
+        if i == 0 or i == len(self.times):
+            return self.values[min(i, len(self.times) - 1)]
+        share = (t - self.times[i - 1]) / (self.times[i] - self.times[i - 1])
+        return (1 - share) * self.values[i - 1] + share * self.values[i]
