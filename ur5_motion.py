@@ -239,3 +239,14 @@ class Trajectory:
             return self.values[min(i, len(self.times) - 1)]
         share = (t - self.times[i - 1]) / (self.times[i] - self.times[i - 1])
         return (1 - share) * self.values[i - 1] + share * self.values[i]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmState:
+    """What an arm last reported."""
+
+    time: float  # when it arrived, seconds of the caller's clock
+    q: np.ndarray  # (6,) measured, rad
+    qd: np.ndarray  # (6,) measured, rad/s
+    grip: float  # 0 open .. 1 shut, measured where the gripper tells, else as commanded
+    fault: str = ""  # why the arm itself has stopped; empty: it obeys
