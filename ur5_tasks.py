@@ -34,13 +34,13 @@ STEP_S = 0.1  # seconds between two actions
 PIXELS = 84  # side of the pictures, as robomimic's
 SPEED = 0.045  # metres that the experts go per step
 TURN = 0.2  # rad per step
-SHAKE = 0.012  # metres by which a recording's hands are pushed at the most, standard deviation per step
+SHAKE = 0.01  # metres by which a recording's hands are pushed at the most, standard deviation per step, where they go fast
 MAX_JOINT_STEP = 0.25  # rad per step that the environment executes: 2.5 rad/s
 
 BIN = np.array([0.45, -0.5, 0.0])  # Can: middle of the bin
 TRAY = np.array([0.42, -0.42, 0.0])  # Transport: middle of the tray where the bar has to lie
 MEETING = np.array([0.42, 0.0, 0.3])  # Transport: where the middle of the bar changes hands
-REACH = 0.08  # Transport: each hand holds the bar so far from its middle, metres
+REACH = 0.1  # Transport: each hand holds the bar so far from its middle, metres
 CLOSED_ON = {"lift": 0.48, "can": 0.36, "transport": 0.64}  # grip, measured, of fingers that have met the object
 
 
@@ -80,7 +80,7 @@ SCENES = {
         120,
     ),
     "transport": Scene(
-        thing('type="box" size="0.013 0.14 0.013" mass="0.12"', "0.85 0.6 0.1 1") + walls(TRAY, 0.09, 0.18),
+        thing('type="box" size="0.013 0.17 0.013" mass="0.12"', "0.85 0.6 0.1 1") + walls(TRAY, 0.09, 0.21),
         (0, 1),
         (0.36, 0.26, 0.013, -0.4),
         (0.46, 0.36, 0.013, 0.4),
@@ -218,9 +218,9 @@ def fetch(arm: TwinArm, place: np.ndarray, yaw: float) -> np.ndarray:
     aside = np.linalg.norm(gap[:2])
     if aside < 0.012 and abs(gap[2]) < 0.012:
         return towards(arm, place, yaw, 1.0)
-    if aside < 0.012 + 0.25 * max(gap[2], 0):  # within a cone above the place
+    if aside < 0.012 + 0.12 * max(gap[2], 0):  # within a cone above the place
         return towards(arm, place, yaw, 0.0)
-    return towards(arm, place + [0, 0, 0.07], yaw, 0.0)
+    return towards(arm, place + [0, 0, 0.09], yaw, 0.0)
 
 
 def holds(env: Table, arm: TwinArm, place: np.ndarray) -> bool:
@@ -297,7 +297,7 @@ def episode(env: Table, seed: int, shake: float = SHAKE) -> tuple[list[Arrays], 
     """One episode of the expert: rows of observations and actions, and whether it succeeded.
 
     Its hands are pushed off their way by up to `shake` metres (standard deviation per step and axis; the level is drawn per
-    episode); the action that is kept is what the expert meant.
+    episode), less where they go slowly; the action that is kept is what the expert meant.
     """
     obs, _ = env.reset(seed=seed)
     rng = np.random.default_rng(seed)
@@ -306,7 +306,8 @@ def episode(env: Table, seed: int, shake: float = SHAKE) -> tuple[list[Arrays], 
         action = EXPERTS[env.task](env)
         rows.append({**obs, "actions": action.astype(np.float32)})
         pushed = action.reshape(-1, 10).copy()
-        pushed[:, :3] += level * rng.normal(size=(len(pushed), 3))
+        pace = np.stack([np.linalg.norm(mine[:3] - arm.hand()[:3, 3]) for mine, arm in zip(pushed, env.acting, strict=True)])
+        pushed[:, :3] += level * (0.2 + 0.8 * pace[:, None] / SPEED) * rng.normal(size=(len(pushed), 3))
         obs, _, success, late, _ = env.step(pushed.ravel())
     return rows, success
 
