@@ -21,7 +21,7 @@ import math
 
 import numpy as np
 
-from rotations import from_six, vector
+from rotations import from_six
 
 ARMS = ("left", "right")
 DH_A = np.array([0.0, -0.425, -0.3922, 0.0, 0.0, 0.0])  # metres
@@ -66,31 +66,41 @@ def tcp(chain: np.ndarray) -> np.ndarray:
     return pose
 
 
-def jacobian(chain: np.ndarray) -> np.ndarray:
-    """Velocity of the tool centre per joint velocity, base frame: linear over angular. One arm's frames -> (6, 6)."""
-    axes = np.concatenate([[[0.0, 0.0, 1.0]], chain[:5, :3, 2]])
-    origins = np.concatenate([np.zeros((1, 3)), chain[:5, :3, 3]])
-    return np.concatenate([np.cross(axes, tcp(chain)[:3, 3] - origins), axes], 1).T
+def inverse(pose: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Joints that bring the tool centre to `pose` in the base frame, in closed form. (..., 4, 4) -> (..., 6)
 
-
-def inverse(pose: np.ndarray, q: np.ndarray, steps: int = 20, within: float = 1e-4) -> np.ndarray:
-    """Joints (6,) that bring the tool centre to `pose` (4, 4) in the base frame, next to the joints q: damped least squares.
-
-    Raises: ValueError where `steps` iterations do not come within so many metres and rad, as out of reach.
+    A UR5e has up to eight solutions; this is the one with the shoulder, elbow and wrist on the side where they are at q (6,), and
+    each joint on q's turn. Joints 2, 3 and 4 turn about one direction, z1 = (sin q1, -cos q1, 0), which is what makes it easy.
+    Raises: ValueError out of reach, and where the wrist is straight (joint 5 at 0), which leaves joints 4 and 6 undetermined.
     """
-    q = q.copy()
-    for _ in range(steps):
-        chain = frames(q)
-        now = tcp(chain)
-        error = np.concatenate([pose[:3, 3] - now[:3, 3], vector(pose[:3, :3] @ now[:3, :3].T)])
-        if np.abs(error).max() < within:
-            return q
-        J = jacobian(chain)
-        # The damping shrinks with the error, so that the last steps are Newton's and a singular pose still does not blow up.
-        move = J.T @ np.linalg.solve(J @ J.T + 1e-3 * min(1.0, float(error @ error) + 1e-4) * np.eye(6), error)
-        q += move * min(1.0, 0.5 / max(np.abs(move).max(), 1e-9))
-    x, y, z = pose[:3, 3]
-    raise ValueError(f"the arm cannot reach ({x:.3f}, {y:.3f}, {z:.3f}) m from its base; {np.abs(error).max():.3f} m or rad are left")
+    R, flange = pose[..., :3, :3], pose[..., :3, 3] - TOOL * pose[..., :3, 2]
+    wrist = flange - DH_D[5] * R[..., 2]  #                                    origin of frame 5; wrist . z1 = d4
+    ratio = DH_D[3] / np.hypot(wrist[..., 0], wrist[..., 1])
+    lean = np.arcsin(np.clip(ratio, -1, 1))
+    here = np.arctan2(wrist[..., 1], wrist[..., 0])
+    either = np.stack([here + lean, here + math.pi - lean])  #                 shoulder on one or the other side
+    apart = np.abs(np.mod(either - q[0] + math.pi, 2 * math.pi) - math.pi)
+    q1 = np.where(apart[0] <= apart[1], either[0], either[1])
+    c1, s1 = np.cos(q1), np.sin(q1)
+    z1 = np.stack([s1, -c1, np.zeros_like(s1)], -1)
+    seen = np.einsum("...ij,...i->...j", R, z1)  #                             z1 in frame 6: (s5 c6, -s5 s6, c5)
+    side = 1.0 if math.sin(q[4]) >= 0 else -1.0
+    s5 = side * np.hypot(seen[..., 0], seen[..., 1])
+    q5, q6 = np.arctan2(s5, seen[..., 2]), np.arctan2(-side * seen[..., 1], side * seen[..., 0])
+    z4 = np.einsum("...ij,...j->...i", R, np.stack([-np.sin(q6), -np.cos(q6), np.zeros_like(q6)], -1))
+    total = np.arctan2(c1 * z4[..., 0] + s1 * z4[..., 1], -z4[..., 2])  #      q2 + q3 + q4
+    ankle = wrist - DH_D[4] * z4 - DH_D[3] * z1  #                             origin of frame 3, moved into the arm's plane
+    x, y = c1 * ankle[..., 0] + s1 * ankle[..., 1], ankle[..., 2] - DH_D[0]
+    a2, a3 = DH_A[1], DH_A[2]
+    c3 = (x * x + y * y - a2 * a2 - a3 * a3) / (2 * a2 * a3)
+    q3 = np.arccos(np.clip(c3, -1, 1)) * (1.0 if math.sin(q[2]) >= 0 else -1.0)
+    q2 = np.arctan2(y, x) - np.arctan2(a3 * np.sin(q3), a2 + a3 * np.cos(q3))
+    found = np.stack([q1, q2, q3, total - q2 - q3, q5, q6], -1)
+    impossible = (np.abs(ratio) > 1) | (np.abs(c3) > 1) | (np.abs(s5) < 0.02)
+    if impossible.any():
+        x, y, z = pose[..., :3, 3][impossible][0]
+        raise ValueError(f"the arm cannot reach ({x:.3f}, {y:.3f}, {z:.3f}) m from its base, or only with a straight wrist")
+    return q + np.mod(found - q + math.pi, 2 * math.pi) - math.pi
 
 
 def mounted(x: float, y: float, z: float, yaw: float) -> np.ndarray:
