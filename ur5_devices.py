@@ -30,7 +30,7 @@ LEVER = 0.5  # metres: a tool that brakes with a m/s^2 is taken to brake its joi
 
 
 @dataclasses.dataclass(frozen=True)
-class Servo:
+class ServoSettings:
     """How servoj follows. Raises ValueError outside of Universal Robots' ranges."""
 
     frequency: float = 500.0  # Hz: 500 on an e-Series, 125 on a CB3
@@ -59,7 +59,7 @@ def ur_rtde() -> tuple[ModuleType, ModuleType, ModuleType]:
 class UR5Arm:
     """One real arm. Unarmed it is only looked at: no script is uploaded and nothing can move it."""
 
-    def __init__(self, host: str, armed: bool, servo: Servo, gripper: str = "none"):
+    def __init__(self, host: str, armed: bool, servo: ServoSettings, gripper: str = "none"):
         """host: address; gripper: "robotiq" or "none". Raises ValueError where the arm is absent, off, in local mode or stopped."""
         control, receive, dashboard = ur_rtde()
         self.host, self.servo, self.armed = host, servo, armed

@@ -198,19 +198,22 @@ def braked(q: np.ndarray, qd: np.ndarray, acceleration: float) -> np.ndarray:
     return q + qd * np.abs(qd) / (2 * acceleration)
 
 
-def limited_step(q: np.ndarray, qd: np.ndarray, want: np.ndarray, dt: float, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
-    """The next command towards `want`, one period dt (s) on: speeds and accelerations within the limits, ready to brake in time.
+def limited_step(
+    q: np.ndarray, qd: np.ndarray, want: np.ndarray, pace: np.ndarray, dt: float, limits: Limits
+) -> tuple[np.ndarray, np.ndarray]:
+    """The next command towards `want`, which itself moves with `pace`, one period dt (s) on, within the limits of speed.
 
-    Args: q, qd, want (2, 6). Returns: q, qd after dt. The speed never exceeds what can be braked over the way that is left, so
-        that a target which stands still is reached without overshoot.
+    Args: q, qd, want, pace (2, 6). Returns: q, qd after dt. Relative to the target the speed never exceeds what can be braked over
+        the gap that is left, so that a target which stands still is reached without overshoot.
     """
     a, gap = limits.joint_acceleration, want - q
     # Largest speed v with v dt + v^2 / 2a <= |gap|: one period at v, then braking, ends on the target.
     brake = a * (np.sqrt(dt * dt + 2 * np.abs(gap) / a) - dt)
-    speed = np.sign(gap) * np.minimum(np.minimum(np.abs(gap) / dt, limits.joint_speed), brake)
-    pace = np.abs(tcp(frames(q + speed * dt))[:, :3, 3] - tcp(frames(q))[:, :3, 3])
-    pace = np.linalg.norm(pace, axis=-1, keepdims=True) / dt  # (2, 1)  m/s that the hand would have
-    speed = speed * np.minimum(1.0, limits.tcp_speed / np.maximum(pace, 1e-9))
+    speed = pace + np.sign(gap) * np.minimum(np.abs(gap) / dt, brake)
+    speed = np.clip(speed, -limits.joint_speed, limits.joint_speed)
+    moved = tcp(frames(np.stack([q, q + speed * dt])))[..., :3, 3]
+    hand = np.linalg.norm(moved[1] - moved[0], axis=-1, keepdims=True) / dt  # m/s that the hand would have         (2, 1)
+    speed = speed * np.minimum(1.0, limits.tcp_speed / np.maximum(hand, 1e-9))
     qd = qd + np.clip(speed - qd, -a * dt, a * dt)
     return q + qd * dt, qd
 
@@ -260,3 +263,96 @@ class ArmState:
     qd: np.ndarray  # (6,) measured, rad/s
     grip: float  # 0 open .. 1 shut, measured where the gripper tells, else as commanded
     fault: str = ""  # why the arm itself has stopped; empty: it obeys
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What the policy's process sends: way-points in joints, and when each of its stages ended (monotonic, s)."""
+
+    captured: float  # the oldest picture or state that it saw
+    started: float  # observation in hand
+    encoded: float  # through the encoders
+    ready: float  # way-points in joints
+    times: np.ndarray  # (K,) when the arms shall be there
+    q: np.ndarray  # (K, 2, 6) rad
+    grip: np.ndarray  # (K, 2) 0 open .. 1 shut
+
+
+@dataclasses.dataclass(frozen=True)
+class Patience:
+    """How old things may become before the arms stop, seconds."""
+
+    tick: float  # from one servo period to the next: our own watchdog
+    state: float  # what an arm reported last
+    policy: float  # what the policy saw when it last answered
+
+
+class Pilot:
+    """Each control period: what both arms do next, or the Fault for which they stop. It knows no clock and no arm."""
+
+    def __init__(self, limits: Limits, bases: np.ndarray, period: float, patience: Patience, now: float, states: list[ArmState]):
+        """bases (2, 4, 4); states: of both arms, which begin at rest. Raises Fault where the limits exclude where they are."""
+        self.limits, self.bases, self.period, self.patience = limits, bases, period, patience
+        self.last, self.chunks, self.late_chunks, self.captured = now, 0, 0, now
+        self.measure(now, states)
+        limits.check(self.measured, bases, "where the arms are")
+        self.hold(now)
+
+    def measure(self, now: float, states: list[ArmState]) -> None:
+        """Raises Fault for an arm that has stopped by itself, that has not been heard of for too long, or reports no joints."""
+        for name, state in zip(ARMS, states, strict=True):
+            if state.fault:
+                raise Fault(f"the {name} arm: {state.fault}")
+            if now - state.time > self.patience.state:
+                raise Fault(f"the {name} arm has not been heard of for {now - state.time:.3f} s")
+            if state.q.shape != (6,) or not np.isfinite(state.q).all():
+                raise Fault(f"the {name} arm reports the joints {state.q}")
+        self.measured, self.grip = np.stack([state.q for state in states]), np.array([state.grip for state in states])
+
+    def hold(self, now: float) -> None:
+        """Forget the trajectory: stand where the arms were measured."""
+        self.q, self.qd = self.measured.copy(), np.zeros((2, 6))
+        self.trajectory = Trajectory(now, self.measured, self.grip)
+
+    def take(self, now: float, chunk: Chunk) -> None:
+        """Go on with a new chunk. Raises Fault for NaN, wrong shapes, and a first target far from where the arms are."""
+        count = len(chunk.times)
+        if count < 1 or chunk.q.shape != (count, 2, 6) or chunk.grip.shape != (count, 2):
+            raise Fault(f"the policy gave joints {chunk.q.shape} and grips {chunk.grip.shape} for {count} times")
+        if not (np.isfinite(chunk.q).all() and np.isfinite(chunk.grip).all() and np.isfinite(chunk.times).all()):
+            raise Fault("the policy gave NaN or infinity")
+        if (np.diff(chunk.times) <= 0).any():
+            raise Fault("the policy's way-points are not in the order of time")
+        far = np.abs(chunk.q[0] - self.measured)
+        if self.chunks == 0 and far.max() > self.limits.start:
+            arm, joint = np.unravel_index(far.argmax(), far.shape)
+            raise Fault(
+                f"the first target is {far.max():.2f} rad away, at joint {joint + 1} of the {ARMS[arm]} arm; at most "
+                f"{self.limits.start} are allowed. Move the arms to where the demonstrations began"
+            )
+        self.chunks += 1
+        self.late_chunks += not self.trajectory.join(now, chunk.times, chunk.q, chunk.grip.clip(0, 1))
+        self.captured = max(self.captured, chunk.captured)
+
+    def tick(self, now: float, states: list[ArmState]) -> np.ndarray:
+        """Joints and grip (2, 7) to command for the coming period. Raises Fault instead of a command that must not be sent."""
+        gap, self.last = now - self.last, now
+        if gap > self.patience.tick:
+            raise Fault(f"the servo loop stood still for {gap:.3f} s")
+        self.measure(now, states)
+        if now - self.captured > self.patience.policy:
+            raise Fault(f"the policy has seen nothing newer than {now - self.captured:.2f} s")
+        here, want = self.trajectory.at(now), self.trajectory.at(now + self.period)
+        pace = (want[:, :6] - here[:, :6]) / self.period
+        q, qd = limited_step(self.q, self.qd, want[:, :6], pace, self.period, self.limits)
+        off = np.abs(q - self.measured)
+        if off.max() > self.limits.step:
+            arm, joint = np.unravel_index(off.argmax(), off.shape)
+            raise Fault(
+                f"joint {joint + 1} of the {ARMS[arm]} arm is {off.max():.3f} rad from its command, at most {self.limits.step} are "
+                "allowed: it is held back or does not follow"
+            )
+        # Whoever may stop there may go on: each command leaves room to brake inside the limits.
+        self.limits.check(braked(q, qd, self.limits.joint_acceleration), self.bases, "braking after the next command")
+        self.q, self.qd = q, qd
+        return np.concatenate([q, want[:, 6:]], 1)

@@ -173,16 +173,21 @@ class Table(gymnasium.Env):
             return bool((np.abs(at - BIN)[:2] < 0.09).all() and at[2] < 0.07 and grips[0] < 0.25)
         return bool((np.abs(at - TRAY)[:2] < (0.07, 0.1)).all() and at[2] < 0.05 and abs(R[2, 1]) < 0.2 and max(grips) < 0.35)
 
-    def _observe(self) -> Arrays:
+    def sense(self) -> Arrays:
+        """The observation but for the pictures."""
         obs: Arrays = {}
         at, R = self.cell.body("object")
         for arm in self.acting:
             obs |= arm_observation(ARMS[arm.arm], arm.hand(), arm.state().grip)
+        obs["object"] = np.concatenate([at, six(R), *(at - arm.hand()[:3, 3] for arm in self.acting)])
+        return {key: value.astype(np.float32) for key, value in obs.items()}
+
+    def _observe(self) -> Arrays:
+        obs = self.sense()
         if self.view == "image":
+            del obs["object"]
             obs |= {f"{camera}_image": self.eye(camera, PIXELS).picture(self.cell.data) for camera in CAMERAS}
-        else:
-            obs["object"] = np.concatenate([at, six(R), *(at - arm.hand()[:3, 3] for arm in self.acting)])
-        return {key: value if value.dtype == np.uint8 else value.astype(np.float32) for key, value in obs.items()}
+        return obs
 
     def eye(self, camera: str, pixels: int) -> Eye:
         if (camera, pixels) not in self.eyes:

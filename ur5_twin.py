@@ -30,7 +30,14 @@ CAMERAS = ("left_wrist", "right_wrist", "head")
 GRIP_SPEED = 2.0  # full strokes per second, 0.085 m in half a second (a 2F-85 takes 0.57 s at its fastest)
 
 MASS = (3.761, 8.058, 2.846, 1.37, 1.3, 0.365)  # kg, from shoulder to wrist 3
-COM = ((0, -0.00193, 0.13689), (-0.2125, 0, 0.11336), (-0.2422, 0, 0.0265), (0, -0.01634, 0.1315), (0, 0.01634, 0.0979), (0, 0, 0.098441))
+COM = (
+    (0, -0.00193, 0.13689),
+    (-0.2125, 0, 0.11336),
+    (-0.2422, 0, 0.0265),
+    (0, -0.01634, 0.1315),
+    (0, 0.01634, 0.0979),
+    (0, 0, 0.098441),
+)
 INERTIA = (  # kg m^2 about the centre of mass, in the axes of the body that turns with the joint
     (0.0102675, 0.0102675, 0.00666),
     (0.0151074, 0.1338858, 0.1338858),
@@ -112,7 +119,9 @@ def cell_xml(objects: str) -> str:
         for side in ARMS
         for i in range(6)
     ) + "".join(
-        f'<position joint="{side}_{name}" kp="1500" kv="60" forcerange="-40 40"/>' for side in ARMS for name in ("finger_a", "finger_b")
+        f'<position joint="{side}_{name}" kp="1500" kv="60" forcerange="-40 40"/>'
+        for side in ARMS
+        for name in ("finger_a", "finger_b")
     )
     return f"""
     <mujoco model="ur5 twin">
