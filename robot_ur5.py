@@ -49,7 +49,7 @@ from encoders import kind
 from policy import Policy
 from ur5_motion import ARMS, ArmState, Chunk, Fault, Limits, Patience, Pilot, frames, inverse, mounted, pose_of, tcp
 from ur5_tasks import EXPERTS, PIXELS, SCENES, STEP_S, EpisodeFile, Table, arm_observation
-from ur5_twin import BASES, CAMERAS, PERIOD, Cell
+from ur5_twin import BASES, CAMERAS, PERIOD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Config:
     out: str = "runs/robot"  # report.json, latency.png, twin.gif
     window: bool = True  # twin: a window, where there is a display
 
-    policy_hz: float = 0.0  # decisions per second; 0: as many as the machine allows (the expert: 10)
+    policy_hz: float = 125.0  # decisions per second of a policy, at the most; the scripted expert takes 10
     device: str = "auto"  # of the network: auto (cuda where there is one), cpu, cuda
     warmup: int = 30  # policy calls before anything moves
     priority: int = 50  # of the servo process among real-time ones, 1 .. 99, where the system allows it; 0: ordinary
@@ -125,8 +125,8 @@ def check(cfg: Config) -> None:
     for name in (*positive, "deceleration", "watchdog_hz", "stale_state", "stale_camera", "stale_policy"):
         if not 0 < getattr(cfg, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0", 2)
-    if not 0 <= cfg.policy_hz <= 1000 or cfg.warmup < 1 or not 0 <= cfg.priority <= 99:
-        raise UserError("--policy-hz must be 0 to 1000, --warmup at least 1, --priority 0 to 99", 2)
+    if not 1 <= cfg.policy_hz <= 1000 or cfg.warmup < 1 or not 0 <= cfg.priority <= 99:
+        raise UserError("--policy-hz must be 1 to 1000, --warmup at least 1, --priority 0 to 99", 2)
     for name in ("left_box", "right_box", "joint_range"):
         if len(getattr(cfg, name)) != 6:
             raise UserError(f"--{name.replace('_', '-')} holds {len(getattr(cfg, name))} numbers; it must be 6", 2)
@@ -219,6 +219,12 @@ class Snapshot:
             if before % 2 == 0 and self.values[0] == before:
                 return float(copy[1]), copy[2:14].reshape(2, 6), copy[26:28], copy[28:]
             time.sleep(0)
+
+    def wait(self, most: float = 0.02) -> None:
+        """Until the next write, at most so many seconds: a decision that begins with a new state is the fresher for it."""
+        before, until = self.values[0], time.monotonic() + most
+        while self.values[0] == before and time.monotonic() < until:
+            time.sleep(5e-5)
 
 
 class Mirror:
@@ -364,11 +370,12 @@ def think(connection, memory, cfg: Config) -> None:
             for _ in range(cfg.warmup):
                 brain.decide()
             brain.begin()
+            real_time(cfg.priority - 1 if cfg.priority > 1 else 0)  # behind the servo
             connection.send(("ready", None))
         except (ValueError, OSError, ImportError, UserError, Fault) as error:
             connection.send(("error", str(error)))
             return
-        rate = cfg.policy_hz or (1000.0 if brain.policy else 1 / STEP_S)
+        rate = cfg.policy_hz if brain.policy else 1 / STEP_S
         running, due = False, 0.0
         while True:
             wait = max(0.0, due - time.monotonic()) if running else None
@@ -380,12 +387,14 @@ def think(connection, memory, cfg: Config) -> None:
                 running = word == "start"
                 if running:
                     brain.begin()
+                    connection.send(("started", None))  # chunks before this word belong to the past
                 elif keep and file:
                     file.add(brain.rows)
                     connection.send(("kept", file.count))
                 continue
             if running:
                 due = max(due + 1 / rate, time.monotonic())
+                brain.snapshot.wait()
                 connection.send(("chunk", brain.decide()))
     except (EOFError, BrokenPipeError):
         return  # the servo process is gone, and with it everything to do
@@ -428,6 +437,14 @@ class Worker:
             self.connection.send((word, keep))
         except (BrokenPipeError, ConnectionError) as error:
             raise Fault("the policy's process died") from error
+
+    def start(self) -> None:
+        """A new episode; what belongs to the last one is thrown away. Raises Fault where the policy does not answer."""
+        self.send("start")
+        try:
+            self.wait("started", 5.0)
+        except UserError as error:
+            raise Fault(f"the policy does not start: {error}") from error
 
     def chunks(self) -> list[Chunk]:
         """Those that came since the last call. Raises Fault where the policy failed or died."""
@@ -633,7 +650,7 @@ def fly(
         if moving:
             for arm in arms:
                 arm.set_watchdog(cfg.watchdog_hz)
-        worker.send("start")
+        worker.start()
         began = due = pilot.last = pilot.captured = time.monotonic()
         while True:
             due += period
@@ -651,6 +668,7 @@ def fly(
             if now - began > cfg.seconds:
                 return "time is up"
             states = [arm.state() for arm in arms]
+            snapshot.write(now, states, twin.cell.data.qpos if twin else np.zeros(0))  # first: the policy waits for it
             for chunk in worker.chunks():
                 pilot.take(now, chunk)
                 watch.took(chunk)
@@ -671,7 +689,6 @@ def fly(
                 arm.grip(row[6])
             watch.sent(time.monotonic())
             ended = twin.advance(now) if twin else ""
-            snapshot.write(now, states, twin.cell.data.qpos if twin else np.zeros(0))
             watch.work.append(time.monotonic() - now)
             if ended:
                 return ended
@@ -682,9 +699,6 @@ def fly(
 
 def real_time(priority: int) -> str:
     """Put this process before others, where the system allows it. Returns: how it runs, in words."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()  # a collection takes longer than a period
     if priority and hasattr(os, "sched_setscheduler"):
         try:
             os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
@@ -723,11 +737,14 @@ def main() -> None:
         raise UserError(f"{fault}. Move the arms, or widen the limits") from fault
     snapshot.write(time.monotonic(), states, coordinates)
     worker = Worker(cfg, memory)
-    kinds = {True: "the twin", False: "real arms, armed" if cfg.armed else "real arms, DRY RUN: nothing is sent to them"}
-    print(f"{task} on {kinds[cfg.sim]}: {cfg.ckpt or 'the scripted expert'}; waiting for the policy to warm up", flush=True)
+    body = "the twin" if cfg.sim else "real arms" if cfg.armed else "real arms, DRY RUN: nothing is sent to them"
+    print(f"{task} on {body}: {cfg.ckpt or 'the scripted expert'}; waiting for the policy to warm up", flush=True)
     endings, fault = [], None
     try:
         warm(worker, arms, snapshot, coordinates, signals)
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # a collection takes longer than a period
         print(f"servo at {cfg.frequency:g} Hz, {real_time(cfg.priority)}; Ctrl-C stops both arms", flush=True)
 
         # ---- loop ---------------------------------------------------------------------------------------------------

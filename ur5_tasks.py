@@ -225,7 +225,7 @@ def fetch(arm: TwinArm, place: np.ndarray, yaw: float) -> np.ndarray:
         return towards(arm, place, yaw, 1.0)
     if aside < 0.012 + 0.12 * max(gap[2], 0):  # within a cone above the place
         return towards(arm, place, yaw, 0.0)
-    return towards(arm, place + [0, 0, 0.09], yaw, 0.0)
+    return towards(arm, place + np.array([0, 0, 0.09]), yaw, 0.0)
 
 
 def holds(env: Table, arm: TwinArm, place: np.ndarray) -> bool:
@@ -246,15 +246,15 @@ def can(env: Table) -> np.ndarray:
     """Grasp the can, lift it, carry it over the bin, let go near its bottom."""
     arm, (at, _) = env.acting[0], env.cell.body("object")
     hand = arm.hand()[:3, 3]
-    grasp = at + [0, 0, 0.01]
+    grasp = at + np.array([0, 0, 0.01])
     if not holds(env, arm, grasp):
         return fetch(arm, grasp, 0.0)
     aside = np.linalg.norm((hand - BIN)[:2])
     if aside < 0.025:
-        return towards(arm, BIN + [0, 0, 0.09], 0.0, 0.0 if hand[2] < 0.11 else 1.0)
+        return towards(arm, BIN + np.array([0, 0, 0.09]), 0.0, 0.0 if hand[2] < 0.11 else 1.0)
     if hand[2] < 0.17 and aside > 0.05:
         return towards(arm, np.array([*hand[:2], 0.22]), 0.0, 1.0)
-    return towards(arm, BIN + [0, 0, 0.21], 0.0, 1.0)
+    return towards(arm, BIN + np.array([0, 0, 0.21]), 0.0, 1.0)
 
 
 def transport(env: Table) -> np.ndarray:
@@ -262,11 +262,12 @@ def transport(env: Table) -> np.ndarray:
     (left, right), (at, R) = env.acting, env.cell.body("object")
     along = R[:, 1]  # the bar's length; to the left
     yaw = float(np.arctan2(-R[0, 1], R[1, 1]))
-    ends = at + REACH * along, at - REACH * along
+    up = np.array([0, 0, 0.008])  # the fingers reach a little below the tool centre
+    ends = at + REACH * along + up, at - REACH * along + up
     held = [holds(env, arm, end) for arm, end in zip(env.acting, ends, strict=True)]
     away = np.linalg.norm(left.hand()[:3, 3] - ends[0]) > 0.05
     meeting = np.linalg.norm(at - MEETING) < 0.02
-    waiting = MEETING + [0, -REACH - 0.06, 0.12]
+    waiting = MEETING + np.array([0, -REACH - 0.06, 0.12])
 
     if held[1]:
         bring = towards(left, left.hand()[:3, 3], yaw, 0.0) if left.state().grip > 0.3 and not away else home_of(left)
