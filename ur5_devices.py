@@ -157,7 +157,8 @@ def check_dashboard(host: str, dashboard: ModuleType, armed: bool) -> None:
         client = dashboard.DashboardClient(host)
         client.connect()
         mode, safety = client.robotmode(), client.safetystatus()
-        remote = client.isInRemoteControl() if armed else True
+        old = client.polyscopeVersion().startswith("3")  # a CB3 has no local mode
+        remote = not armed or old or client.isInRemoteControl()
         client.disconnect()
     if "RUNNING" not in mode:
         raise ValueError(f"the arm at {host} is not powered and released ({mode}); switch it on at the teach pendant")
