@@ -20,7 +20,7 @@ A late or dead policy cannot stall the servo, which goes on along its way-points
 
     captured     the oldest thing that the observation holds, a picture's grabbing or a state's arrival
     started      observation complete          encoded    through the encoders
-    ready        way-points in joints          sent       the first command that follows them
+    ready        way-points in joints          sent       the first command after they arrived
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Config:
     window: bool = True  # twin: a window, where there is a display
 
     policy_hz: float = 125.0  # decisions per second of a policy, at the most; the scripted expert takes 10
+    replan: float = 0.0  # s that the arms follow one chunk before they turn to the newest; 0: its executed prefix, as trained
     device: str = "auto"  # of the network: auto (cuda where there is one), cpu, cuda
     warmup: int = 30  # policy calls before anything moves
     priority: int = 50  # of the servo process among real-time ones, 1 .. 99, where the system allows it; 0: ordinary
@@ -122,6 +123,8 @@ def check(cfg: Config) -> None:
         "clearance",
         "start",
     )
+    if not 0 <= cfg.replan < float("inf"):
+        raise UserError(f"--replan is {cfg.replan}; it must be a number of seconds from 0 on", 2)
     for name in (*positive, "deceleration", "watchdog_hz", "stale_state", "stale_camera", "stale_policy"):
         if not 0 < getattr(cfg, name) < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0", 2)
@@ -297,7 +300,6 @@ class Brain:
         self.past: collections.deque = collections.deque(maxlen=512)  # (time, observation) of the last decisions
         self.rows: list[dict] = []
         self.rest = self.snapshot.read()[1]
-        self.latent, self.latent_until = None, 0.0
 
     def look(self) -> tuple[dict[str, np.ndarray], float]:
         """The newest observation and the time of its oldest part."""
@@ -331,7 +333,7 @@ class Brain:
         obs, captured = self.look()
         started = time.monotonic()
         if self.policy:
-            actions = self.call(obs, started)
+            actions = self.policy.act(self.history(obs, started), generator=self.generator)[0].cpu().numpy().astype(np.float64)
         else:
             self.encoded = started
             actions = EXPERTS[self.task](self.mirror.table)[None]
@@ -345,13 +347,6 @@ class Brain:
         if not self.rows or started - self.rows[-1]["times"] >= STEP_S - 0.01:
             self.rows.append({**obs, "actions": actions[0].astype(np.float32), "times": np.float64(started)})
         return Chunk(captured, started, self.encoded, time.monotonic(), times, q, grip)
-
-    def call(self, obs: dict, now: float) -> np.ndarray:
-        """The executed prefix (Ta, Da). The latent stays for as long as a chunk, so that decisions of one moment agree."""
-        if self.latent is None or now > self.latent_until:
-            self.latent = self.policy.sample_latents(1, self.generator)
-            self.latent_until = now + STEP_S * self.policy.config.action_steps
-        return self.policy.act(self.history(obs, now), self.latent)[0].cpu().numpy().astype(np.float64)
 
     def close(self) -> None:
         for camera in self.cameras:
@@ -479,7 +474,7 @@ class Stopwatch:
     def __init__(self, period: float):
         self.period, self.ticks, self.work = period, array.array("d"), array.array("d")
         self.stages: list[tuple[float, ...]] = []  # capture, encode, policy, command, end to end; seconds
-        self.missed, self.waiting, self.ended = 0, None, 0.0
+        self.missed, self.dropped, self.waiting = 0, 0, None
 
     def took(self, chunk: Chunk) -> None:
         self.waiting = chunk
@@ -515,6 +510,7 @@ class Stopwatch:
             "periods": len(ticks) + self.missed,
             "missed_periods": self.missed,
             "missed_share": round(self.missed / max(1, len(ticks) + self.missed), 6),
+            "late_way_points": self.dropped,
             "policy_hz": round(len(self.stages) / active, 1) if active else 0.0,
         }
 
@@ -524,7 +520,8 @@ def table_text(report: dict) -> str:
     lines += [f"  {name:16}" + "".join(f"{x:9.2f}" for x in row) for name, row in report["latency_ms"].items()]
     return "\n".join(lines) + (
         f"\n  servo {report['servo_hz']:.1f} Hz over {report['seconds']:.1f} s, {report['missed_periods']} of {report['periods']:,} "
-        f"periods missed ({report['missed_share']:.3%}); {report['policy_hz']:.1f} decisions per second"
+        f"periods missed ({report['missed_share']:.3%}); {report['policy_hz']:.1f} decisions per second, "
+        f"{report['late_way_points']} way-points came too late"
     )
 
 
@@ -640,11 +637,18 @@ def stop_together(arms: list, deceleration: float, seconds: float = 1.0) -> list
 
 
 def fly(
-    cfg: Config, arms: list, worker: Worker, snapshot: Snapshot, watch: Stopwatch, twin: Twin | None, signals: list[int]
+    cfg: Config,
+    arms: list,
+    worker: Worker,
+    snapshot: Snapshot,
+    watch: Stopwatch,
+    twin: Twin | None,
+    signals: list[int],
+    replan: float,
 ) -> str:
     """One episode. Returns why it ended. Raises Fault. Whatever happens, the last thing that the arms are sent is a stop."""
     period, bases = watch.period, bases_of(cfg)
-    pilot = Pilot(limits_of(cfg), bases, period, patience_of(cfg), time.monotonic(), [arm.state() for arm in arms])
+    pilot = Pilot(limits_of(cfg), bases, period, patience_of(cfg), replan, time.monotonic(), [arm.state() for arm in arms])
     moving = cfg.sim or cfg.armed
     try:
         if moving:
@@ -693,6 +697,7 @@ def fly(
             if ended:
                 return ended
     finally:
+        watch.dropped += pilot.dropped
         for problem in stop_together(arms, cfg.deceleration) if moving else []:
             print(problem, file=sys.stderr)
 
@@ -739,6 +744,9 @@ def main() -> None:
     worker = Worker(cfg, memory)
     body = "the twin" if cfg.sim else "real arms" if cfg.armed else "real arms, DRY RUN: nothing is sent to them"
     print(f"{task} on {body}: {cfg.ckpt or 'the scripted expert'}; waiting for the policy to warm up", flush=True)
+    # A hundred ever so slightly different plans per second, each followed for its first hundredth, would never get to what comes
+    # later in them: a plan that begins with waiting would wait for ever. So the arms follow one for as long as in training.
+    replan = cfg.replan or (policy.config.action_steps * STEP_S if policy else 0.0)
     endings, fault = [], None
     try:
         warm(worker, arms, snapshot, coordinates, signals)
@@ -752,7 +760,7 @@ def main() -> None:
             if twin:
                 twin.reset(cfg.seed + episode)
                 snapshot.write(time.monotonic(), [arm.state() for arm in arms], coordinates)
-            endings.append(fly(cfg, arms, worker, snapshot, watch, twin, signals))
+            endings.append(fly(cfg, arms, worker, snapshot, watch, twin, signals, replan))
             worker.send("end", keep=not twin or endings[-1] == "success")
             print(f"episode {episode + 1}: {endings[-1]}", flush=True)
             if signals:

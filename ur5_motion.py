@@ -228,22 +228,18 @@ class Trajectory:
 
     def __init__(self, now: float, q: np.ndarray, grip: np.ndarray):
         """Stand still at q (2, 6), grip (2,), from now on, in seconds of the caller's clock."""
-        self.times, self.values, self.dropped = np.array([now]), np.concatenate([q, grip[:, None]], 1)[None], 0
+        self.times, self.values = np.array([now]), np.concatenate([q, grip[:, None]], 1)[None]
 
-    @property
-    def end(self) -> float:
-        return float(self.times[-1])
-
-    def join(self, now: float, times: np.ndarray, q: np.ndarray, grip: np.ndarray) -> bool:
-        """Replace what comes after now by times (K,), q (K, 2, 6), grip (K, 2). Returns: whether any of it was still to come."""
+    def join(self, now: float, times: np.ndarray, q: np.ndarray, grip: np.ndarray) -> int:
+        """Replace what comes after now by times (K,), q (K, 2, 6), grip (K, 2). Returns: how many were late and dropped; when all
+        were, nothing changes."""
         late = times <= now
-        self.dropped += int(late.sum())
         if late.all():
-            return False
+            return len(late)
         here = self.at(now)
         later = np.concatenate([q, grip[..., None]], -1)[~late]
         self.times, self.values = np.concatenate([[now], times[~late]]), np.concatenate([here[None], later])
-        return True
+        return int(late.sum())
 
     def at(self, t: float) -> np.ndarray:
         """Joints and grip at time t, (2, 7); before the first and after the last way-point, that way-point."""
@@ -290,10 +286,24 @@ class Patience:
 class Pilot:
     """Each control period: what both arms do next, or the Fault for which they stop. It knows no clock and no arm."""
 
-    def __init__(self, limits: Limits, bases: np.ndarray, period: float, patience: Patience, now: float, states: list[ArmState]):
-        """bases (2, 4, 4); states: of both arms, which begin at rest. Raises Fault where the limits exclude where they are."""
-        self.limits, self.bases, self.period, self.patience = limits, bases, period, patience
-        self.last, self.chunks, self.late_chunks, self.captured = now, 0, 0, now
+    def __init__(
+        self,
+        limits: Limits,
+        bases: np.ndarray,
+        period: float,
+        patience: Patience,
+        replan: float,
+        now: float,
+        states: list[ArmState],
+    ):
+        """Both arms begin at rest.
+
+        Args: bases (2, 4, 4); period: of the controllers, s; replan: how long a chunk is followed before it is the newest one's
+            turn, s, 0 for none of that; now: s; states: of both arms.
+        Raises: Fault where the limits exclude where they are.
+        """
+        self.limits, self.bases, self.period, self.patience, self.replan = limits, bases, period, patience, replan
+        self.last, self.chunks, self.dropped, self.captured, self.joined = now, 0, 0, now, now
         self.measure(now, states)
         limits.check(self.measured, bases, "where the arms are")
         self.hold(now)
@@ -315,7 +325,7 @@ class Pilot:
         self.trajectory = Trajectory(now, self.measured, self.grip)
 
     def take(self, now: float, chunk: Chunk) -> None:
-        """Go on with a new chunk. Raises Fault for NaN, wrong shapes, and a first target far from where the arms are."""
+        """Go on with a new chunk, if it is its turn. Raises Fault for NaN, wrong shapes, and a first target far from the arms."""
         count = len(chunk.times)
         if count < 1 or chunk.q.shape != (count, 2, 6) or chunk.grip.shape != (count, 2):
             raise Fault(f"the policy gave joints {chunk.q.shape} and grips {chunk.grip.shape} for {count} times")
@@ -330,9 +340,13 @@ class Pilot:
                 f"the first target is {far.max():.2f} rad away, at joint {joint + 1} of the {ARMS[arm]} arm; at most "
                 f"{self.limits.start} are allowed. Move the arms to where the demonstrations began"
             )
-        self.chunks += 1
-        self.late_chunks += not self.trajectory.join(now, chunk.times, chunk.q, chunk.grip.clip(0, 1))
         self.captured = max(self.captured, chunk.captured)
+        if self.chunks and now - self.joined < self.replan - self.period / 2:
+            return
+        late = self.trajectory.join(now, chunk.times, chunk.q, chunk.grip.clip(0, 1))
+        self.dropped += late
+        if late < count:
+            self.chunks, self.joined = self.chunks + 1, now
 
     def tick(self, now: float, states: list[ArmState]) -> np.ndarray:
         """Joints and grip (2, 7) to command for the coming period. Raises Fault instead of a command that must not be sent."""

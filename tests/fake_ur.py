@@ -66,7 +66,10 @@ class Controller:
         self.log: list[tuple[float, int]] = []  # (time, command) of what arrived, servo commands in a row once
         self.clients: list[Client] = []
         self.sockets: list[socket.socket] = []
-        self.servers = [self.listen(port, serve) for port, serve in ((29999, self.dashboard), (30003, self.script), (30004, self.rtde), (63352, self.gripper))]
+        self.servers = [
+            self.listen(port, serve)
+            for port, serve in ((29999, self.dashboard), (30003, self.script), (30004, self.rtde), (63352, self.gripper))
+        ]
 
     def listen(self, port: int, serve) -> socket.socket:
         server = socket.create_server((self.host, port))
