@@ -47,7 +47,7 @@ import ur5_devices as devices
 from common import UserError, catch_signals, plain_errors, run_main, usable_device
 from encoders import kind
 from policy import Policy
-from ur5_motion import ARMS, ArmState, Chunk, Fault, Limits, Patience, Pilot, frames, inverse, mounted, pose_of, tcp
+from ur5_motion import ARMS, LEVER, ArmState, Chunk, Fault, Limits, Patience, Pilot, frames, inverse, mounted, pose_of, tcp
 from ur5_tasks import EXPERTS, PIXELS, SCENES, STEP_S, EpisodeFile, Table, arm_observation
 from ur5_twin import BASES, CAMERAS, PERIOD
 
@@ -84,11 +84,11 @@ class Config:
     left_base: tuple[float, float, float, float] = (0.0, 0.35, 0.0, 3.14159265)  # base in the cell: x, y, z in m, yaw in rad
     right_base: tuple[float, float, float, float] = (0.0, -0.35, 0.0, 3.14159265)  # measure yours
 
-    left_box: tuple[float, ...] = (0.15, -0.25, 0.005, 0.75, 0.75, 0.7)  # workspace of the left hand: x y z low, x y z high, m
-    right_box: tuple[float, ...] = (0.15, -0.75, 0.005, 0.75, 0.25, 0.7)  # ... of the right one
+    left_box: tuple[float, ...] = (0.15, -0.25, 0.012, 0.75, 0.75, 0.7)  # workspace of the left hand, x y z low, x y z high, m
+    right_box: tuple[float, ...] = (0.15, -0.75, 0.012, 0.75, 0.25, 0.7)  # ... of the right one
     joint_range: tuple[float, ...] = (6.2, 6.2, 3.1, 6.2, 6.2, 6.2)  # joints stay within +- this, rad
     joint_speed: float = 2.0  # rad/s; a UR5e can 3.14
-    joint_acceleration: float = 12.0  # rad/s^2, of commands and of braking
+    joint_acceleration: float = 12.0  # rad/s^2, of commands
     tcp_speed: float = 0.8  # m/s, of each hand
     step: float = 0.3  # rad, from a measured to its commanded joint
     clearance: float = 0.03  # m, air between the arms
@@ -97,7 +97,7 @@ class Config:
     watchdog_hz: float = 10.0  # the controllers stop the arms when commands come less often; so does this program
     stale_state: float = 0.1  # s, age at which an arm's state is too old
     stale_camera: float = 0.3  # s, age at which a picture is too old
-    stale_policy: float = 0.6  # s, age at which what the policy last saw is too old
+    stale_policy: float = 0.3  # s, age at which what the policy last saw is too old
 
 
 def check(cfg: Config) -> None:
@@ -150,6 +150,7 @@ def limits_of(cfg: Config) -> Limits:
         joint_high=cfg.joint_range,
         joint_speed=cfg.joint_speed,
         joint_acceleration=cfg.joint_acceleration,
+        joint_braking=0.7 * cfg.deceleration / LEVER,  # a servo lags, and so does the beginning of a stop
         tcp_speed=cfg.tcp_speed,
         step=cfg.step,
         clearance=cfg.clearance,
@@ -772,9 +773,6 @@ def main() -> None:
             speed = twin.settle()
             print(f"the twin's arms stand still (fastest joint {speed:.3f} rad/s)")
         seconds = worker.close()
-        if not twin:
-            for arm in arms:
-                arm.close()
 
     # ---- report -----------------------------------------------------------------------------------------------------
     report = {"task": task, "endings": endings, "fault": str(fault or ""), **watch.report(seconds)}
@@ -787,6 +785,12 @@ def main() -> None:
     if twin:
         twin.close()
     print(f"{endings.count('success')} of {len(endings)} episodes succeeded; see {out}" if twin else f"see {out}")
+    if cfg.robot and fault:
+        print(f"error: stopped: {fault}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(3)  # the ordinary way out closes connections, which waits for a controller that may hang
+    for arm in arms if cfg.robot else ():
+        arm.close()
     if fault:
         raise UserError(f"stopped: {fault}", 3)
     if signals:

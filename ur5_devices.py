@@ -26,8 +26,6 @@ import numpy as np
 from rotations import vector
 from ur5_motion import ArmState, Fault
 
-LEVER = 0.5  # metres: a tool that brakes with a m/s^2 is taken to brake its joints with a / LEVER rad/s^2
-
 
 @dataclasses.dataclass(frozen=True)
 class ServoSettings:
@@ -129,11 +127,13 @@ class UR5Arm:
             self.control.stopScript()
 
     def close(self) -> None:
+        """Not after a fault: ur_rtde waits for a controller that hangs, and holds Python's lock meanwhile."""
         if self.gripper:
             self.gripper.close()
-        if self.control is not None:
-            self.control.disconnect()
-        self.receive.disconnect()
+        with contextlib.suppress(RuntimeError):  # connections that are gone already
+            if self.control is not None:
+                self.control.disconnect()
+            self.receive.disconnect()
 
 
 @contextlib.contextmanager

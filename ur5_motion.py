@@ -30,6 +30,7 @@ DH_ALPHA = np.array([math.pi / 2, 0.0, 0.0, math.pi / 2, -math.pi / 2, 0.0])  # 
 JOINT_RANGE = 2 * math.pi  # every joint turns by so much either way, rad
 JOINT_SPEED = math.pi  # of every joint at the most, rad/s
 TOOL = 0.15  # flange to finger tips, metres
+LEVER = 0.5  # metres: a hand that brakes with a m/s^2 is taken to brake its joints with a / LEVER rad/s^2
 OPENING = 0.085  # of the gripper at the most, metres
 HOME = np.array([0.0, -1.7, 1.95, -1.8208, -math.pi / 2, 0.0])  # elbow up, the hand straight down in front of the base
 
@@ -166,6 +167,7 @@ class Limits:
     joint_high: tuple[float, ...]  # of each joint, rad
     joint_speed: float  # rad/s
     joint_acceleration: float  # rad/s^2
+    joint_braking: float  # rad/s^2 that a stop is sure to reach
     tcp_speed: float  # m/s
     step: float  # from the measured to the commanded joint, rad
     clearance: float  # air between the arms, metres
@@ -367,6 +369,6 @@ class Pilot:
                 "allowed: it is held back or does not follow"
             )
         # Whoever may stop there may go on: each command leaves room to brake inside the limits.
-        self.limits.check(braked(q, qd, self.limits.joint_acceleration), self.bases, "braking after the next command")
+        self.limits.check(braked(q, qd, self.limits.joint_braking), self.bases, "braking after the next command")
         self.q, self.qd = q, qd
         return np.concatenate([q, want[:, 6:]], 1)

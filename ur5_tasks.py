@@ -236,6 +236,7 @@ def holds(env: Table, arm: TwinArm, place: np.ndarray) -> bool:
 def lift(env: Table) -> np.ndarray:
     """Grasp the cube across the sides that face the hand, and up."""
     arm, (at, R) = env.acting[0], env.cell.body("object")
+    at[2] += 0.006  # the fingers reach below the tool centre, and not into the table
     yaw = float(np.arctan2(R[1, 0], R[0, 0]))
     if holds(env, arm, at):
         return towards(arm, arm.hand()[:3, 3] + [0, 0, 0.1], yaw, 1.0)

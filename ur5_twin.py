@@ -20,7 +20,7 @@ from collections.abc import Callable
 import numpy as np
 
 from manipulation import aim, draw_without_display
-from ur5_motion import ARMS, DH_A, DH_ALPHA, DH_D, HOME, OPENING, TOOL, ArmState, frames, inverse, mounted, tcp
+from ur5_motion import ARMS, DH_A, DH_ALPHA, DH_D, HOME, LEVER, OPENING, TOOL, ArmState, frames, inverse, mounted, tcp
 
 PERIOD = 0.002  # seconds, control period of an e-Series and simulation step
 BASES = np.stack([mounted(0, 0.35, 0, math.pi), mounted(0, -0.35, 0, math.pi)])
@@ -198,7 +198,7 @@ class Cell:
 
 
 class TwinArm:
-    """One arm of the twin. The methods down to `close` are those of ur5_devices.UR5Arm; the others do to it what happens to real ones."""
+    """One arm of the twin. The methods down to `stop` are those of ur5_devices.UR5Arm; the others do to it what happens to real ones."""
 
     def __init__(self, cell: Cell, arm: int):
         self.cell, self.arm, side = cell, arm, ARMS[arm]
@@ -252,19 +252,16 @@ class TwinArm:
         self.kicked = self.cell.data.time
 
     def stop(self, deceleration: float) -> None:
-        """Slow down with so many rad/s^2 and hold; what was commanded before is forgotten."""
+        """Slow the hand down with so many m/s^2 and hold; what was commanded before is forgotten."""
         if self.braking is None:
-            self.braking = self.cell.data.qvel[self.dofs].copy(), deceleration
+            self.braking = self.cell.data.qvel[self.dofs].copy(), deceleration / LEVER
         self.watchdog = math.inf
-
-    def close(self) -> None:
-        self.stop(8.0)
 
     # What happens to arms.
 
     def fail(self, fault: str) -> None:
         """A protective or emergency stop: the arm brakes hard and obeys nobody until somebody clears it by hand."""
-        self.stop(20.0)
+        self.stop(10.0)
         self.fault = fault
 
     def freeze(self) -> None:

@@ -221,11 +221,13 @@ def towards(point: tuple[float, float, float], arm: int):
     """A policy that goes to a forbidden place, at a speed that is allowed."""
 
     def spoil(flight: Flight, chunk: Chunk) -> Chunk:
-        pose = np.eye(4)
-        pose[:3, :3], pose[:3, 3] = ur5_twin.DOWN, point
-        goal = ur5_motion.inverse(np.linalg.inv(BASES[arm]) @ pose, HOMES[arm])
+        if not hasattr(flight, "heading"):
+            pose = np.eye(4)
+            pose[:3, :3], pose[:3, 3] = ur5_twin.DOWN, point
+            way = ur5_motion.inverse(np.linalg.inv(BASES[arm]) @ pose, HOMES[arm]) - flight.pilot.q[arm]
+            flight.heading = 1.2 * way / np.abs(way).max()  # rad/s
         q = np.repeat(flight.pilot.q[None], 8, 0)
-        q[:, arm] += (goal - q[0, arm]) * np.linspace(0.05, 0.4, 8)[:, None]
+        q[:, arm] += flight.heading * 0.05 * np.arange(1, 9)[:, None]
         return dataclasses.replace(chunk, q=q)
 
     return spoil
@@ -247,7 +249,7 @@ def with_nan(flight: Flight, chunk: Chunk) -> Chunk:
 def hold_back(flight: Flight, chunk: Chunk) -> Chunk:
     """Somebody holds the arms: commands arrive and nothing follows."""
     flight.held = True
-    return dataclasses.replace(chunk, q=chunk.q + np.linspace(0.1, 0.8, 8)[:, None, None] * np.array([1, 0, 0, 0, 0, 0]))
+    return dataclasses.replace(chunk, q=chunk.q + 0.6 * np.array([1, 0, 0, 0, 0, 0]))
 
 
 def happens(what: str, *args):
@@ -534,7 +536,7 @@ def waving_policy(path: Path, cameras: tuple[str, ...] = (), env: str = "ur5-tra
         ("--sim --stale-camera nan", 2, "--stale-camera is nan"),
         ("--sim --left-box 0 0 0 1 1 0", 2, "is empty"),
         ("--sim --ckpt no/such.pt", 1, "no checkpoint at no/such.pt"),
-        ("--sim --right-box 0.15 -0.75 0.5 0.75 0.25 0.7 --window False", 1, "where the arms are now: the right hand"),
+        ("--sim --right-box 0.15 -0.75 0.5 0.75 0.25 0.7 --no-window", 1, "where the arms are now: the right hand"),
     ],
 )
 def test_bad_flags_are_refused_in_words(flags, status, message, monkeypatch, tmp_path):
@@ -611,8 +613,9 @@ def fly_real(fakes, trouble, at: float, config: Config = LOOPBACK, seconds: floa
         why = str(fault)
     over = time.monotonic()
     timer.join()
+    fakes.ask("set", [0, 1], {"frozen": False})  # a frozen one would keep its client, which holds Python's lock, waiting
     for arm in arms:
-        threading.Thread(target=arm.close, daemon=True).start()  # of a frozen one this hangs
+        arm.close()
     return why, (began or [over])[0], over
 
 
