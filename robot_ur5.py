@@ -1,10 +1,10 @@
 """A trained policy on two UR5 arms with three cameras, real or simulated: over 100 decisions per second, and safe.
 
-    python robot_ur5.py --sim                                                the scripted expert does Transport in the twin; a minute
-    python robot_ur5.py --sim --ckpt runs/ur5-lift/dbp.pt --episodes 10      a trained policy in the twin
-    python robot_ur5.py --sim --task lift --episodes 50 --record lift.hdf5   demonstrations for dbp_train.py --demos lift.hdf5
-    python robot_ur5.py --robot 10.0.0.2 10.0.0.3 --ckpt dbp.pt              dry run: looks at everything, moves nothing
-    python robot_ur5.py --robot 10.0.0.2 10.0.0.3 --ckpt dbp.pt --armed      the arms move
+    python robot_ur5.py --sim                                               the scripted expert does Transport in the twin
+    python robot_ur5.py --sim --ckpt runs/ur5-lift/dbp.pt --episodes 10     a trained policy in the twin
+    python robot_ur5.py --sim --task lift --episodes 50 --record my.hdf5    demonstrations for dbp_train.py --demos my.hdf5
+    python robot_ur5.py --robot 10.0.0.2 10.0.0.3 --ckpt dbp.pt             dry run: looks at everything, moves nothing
+    python robot_ur5.py --robot 10.0.0.2 10.0.0.3 --ckpt dbp.pt --armed     the arms move
 
 FOR THE OPERATOR. Stand where you reach an emergency stop. The arms move only with --armed. Ctrl-C stops both; so does any fault,
 and the reason is the last line. Stops are never cleared from here: look for the cause, clear it at the teach pendant, start
@@ -179,9 +179,7 @@ def read_policy(cfg: Config, device: torch.device | str = "cpu") -> Policy | Non
             f"{cfg.ckpt} was trained for {c.env}; these arms need a policy of dbp_train.py --env ur5-lift, ur5-can, ..."
         )
     if cfg.robot and "object" in c.obs_shapes:
-        raise UserError(
-            f"{cfg.ckpt} was trained to be told where the object is, which only the twin can; train --env {c.env}-image for real arms"
-        )
+        raise UserError(f"{cfg.ckpt} was told where the object is, as only the twin can; train --env {c.env}-image for real arms")
     wanted = {key.removesuffix("_image"): shape for key, shape in c.obs_shapes.items() if kind(shape) == "image"}
     there = set(CAMERAS) if cfg.sim else {text.partition("=")[0] for text in cfg.cameras}
     if set(wanted) != (there if cfg.robot else there & set(wanted)):
@@ -322,7 +320,7 @@ class Brain:
         return obs, at
 
     def history(self, obs: dict, now: float) -> dict[str, np.ndarray]:
-        """The last To observations, STEP_S apart as in the demonstrations, {key: (1, To, ...)}; at a start the first is repeated."""
+        """The last To observations, STEP_S apart as in the demonstrations, {key: (1, To, ...)}; the first one is repeated."""
         self.past.append((now, obs))
         steps = []
         for back in range(self.policy.config.obs_steps - 1, 0, -1):
@@ -355,7 +353,7 @@ class Brain:
 
 
 def think(connection, memory, cfg: Config) -> None:
-    """The policy's process. It hears "start", "end" with whether to keep the episode, "quit"; it says "ready", "chunk", "error"."""
+    """The policy's process. It hears "start", "end" (with whether to keep it), "quit"; it says "ready", "chunk", "error"."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the servo stops the arms first and then says "quit"
     torch.set_num_threads(1)  # more of them would wait for each other longer than they work
     brain = None
@@ -491,7 +489,7 @@ class Stopwatch:
     def report(self, seconds: dict[str, list[float]]) -> dict:
         """Milliseconds at p50, p95, p99 and max of each stage, rates, missed periods. seconds: per picture, by camera."""
         names = ("capture", "encode", "policy", "command", "end to end")
-        rows = {name: column for name, column in zip(names, np.array(self.stages).reshape(-1, 5).T, strict=True)}
+        rows = dict(zip(names, np.array(self.stages).reshape(-1, 5).T, strict=True))
         ticks = np.array(self.ticks)
         steps = np.diff(ticks)
         steps = steps[steps < 1.0]  # between episodes nothing is due
@@ -520,8 +518,8 @@ def table_text(report: dict) -> str:
     lines = [f"  {'milliseconds':16}{'p50':>9}{'p95':>9}{'p99':>9}{'max':>9}"]
     lines += [f"  {name:16}" + "".join(f"{x:9.2f}" for x in row) for name, row in report["latency_ms"].items()]
     return "\n".join(lines) + (
-        f"\n  servo {report['servo_hz']:.1f} Hz over {report['seconds']:.1f} s, {report['missed_periods']} of {report['periods']:,} "
-        f"periods missed ({report['missed_share']:.3%}); {report['policy_hz']:.1f} decisions per second, "
+        f"\n  servo {report['servo_hz']:.1f} Hz over {report['seconds']:.1f} s; {report['missed_periods']} of "
+        f"{report['periods']:,} periods missed ({report['missed_share']:.3%}); {report['policy_hz']:.1f} decisions per second, "
         f"{report['late_way_points']} way-points came too late"
     )
 

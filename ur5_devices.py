@@ -1,6 +1,6 @@
-"""What the arms' program is plugged into: a UR5 behind ur_rtde, a gripper, cameras. Each driver is imported when it is first used.
+"""What robot_ur5.py is plugged into: a UR5 behind ur_rtde, a gripper, cameras. Drivers are imported when they are first used.
 
-    UR5Arm     state, servo_joints, servo_pose, grip, set_watchdog, kick_watchdog, stop, close     as ur5_twin.TwinArm has them
+    UR5Arm     state, servo_joints, servo_pose, grip, set_watchdog, kick_watchdog, stop, close     as ur5_twin.TwinArm has
     Robotiq    a 2F-85 behind its URCap, which listens on the arm's own address
     Camera     a background reader that keeps the newest picture and when it was taken, over one of four sources:
                RealSense, Orbbec, Video (OpenCV / V4L2), Rendered (the twin's)
@@ -58,7 +58,7 @@ class UR5Arm:
     """One real arm. Unarmed it is only looked at: no script is uploaded and nothing can move it."""
 
     def __init__(self, host: str, armed: bool, servo: ServoSettings, gripper: str = "none"):
-        """host: address; gripper: "robotiq" or "none". Raises ValueError where the arm is absent, off, in local mode or stopped."""
+        """host: address; gripper: "robotiq" or "none". Raises ValueError where it is absent, off, in local mode or stopped."""
         control, receive, dashboard = ur_rtde()
         self.host, self.servo, self.armed = host, servo, armed
         check_dashboard(host, dashboard, armed)
@@ -169,7 +169,7 @@ def check_dashboard(host: str, dashboard: ModuleType, armed: bool) -> None:
 
 
 class Robotiq:
-    """A Robotiq 2F-85 behind its URCap, a text protocol on port 63352: a thread sends the newest target and reads the position."""
+    """A Robotiq 2F-85 behind its URCap, text on port 63352: a thread sends the newest target and reads the position."""
 
     def __init__(self, host: str, armed: bool):
         """armed: whether it may move. Raises ValueError where nobody answers, or the gripper is not activated."""
@@ -305,8 +305,8 @@ class Video:
 
 
 class Rendered:
-    """A camera of the twin. make: () -> something with picture() and close(); built where it is used, in the reader's thread, since
-    a drawing context belongs to one thread."""
+    """A camera of the twin. make: () -> something with picture() and close(), built in the reader's thread, since a drawing
+    context belongs to one thread."""
 
     def __init__(self, make: Callable[[], object]):
         self.make = make

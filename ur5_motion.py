@@ -9,9 +9,9 @@ Symbols                          shape          unit
     base       arm in the cell   (4, 4)         m              base frame of one arm in the cell's frame (table top: z = 0)
     commands   both arms         (2, 6)         rad            left, right
 
-The arm's constants are Universal Robots': DH parameters of the article "DH parameters for calculations of kinematics and dynamics",
-joint ranges and speeds of the UR5e user manual. A real arm differs from its nominal kinematics by up to millimetres; the
-controller holds its own calibration, which this file does not read.
+The arm's constants are Universal Robots': DH parameters of its article "DH parameters for calculations of kinematics and
+dynamics", joint ranges and speeds of the UR5e user manual. A real arm differs from its nominal kinematics by up to millimetres; its
+controller holds a calibration, which this file does not read.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ LEVER = 0.5  # metres: a hand that brakes with a m/s^2 is taken to brake its joi
 OPENING = 0.085  # of the gripper at the most, metres
 HOME = np.array([0.0, -1.7, 1.95, -1.8208, -math.pi / 2, 0.0])  # elbow up, the hand straight down in front of the base
 
-# Capsules that contain an arm and its hand, for the distance between the arms: (frame, point) to (frame, point), radius. Frame 0 is
-# the base. The upper arm runs 0.138 m beside the shoulder's axis, the forearm 0.007 m (measured by UR from its CAD model).
+# Capsules that contain an arm and its hand, for the distance between the arms: (frame, point) to (frame, point), radius.
+# Frame 0 is the base. The upper arm runs 0.138 m beside the shoulder's axis, the forearm 0.007 m (UR's measure of its model).
 CAPSULES = (
     (2, (0.425, 0, 0.138), 2, (0, 0, 0.138), 0.065),
     (3, (0.3922, 0, 0.007), 3, (0, 0, 0.007), 0.055),
@@ -205,8 +205,8 @@ def limited_step(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The next command towards `want`, which itself moves with `pace`, one period dt (s) on, within the limits of speed.
 
-    Args: q, qd, want, pace (2, 6). Returns: q, qd after dt. Relative to the target the speed never exceeds what can be braked over
-        the gap that is left, so that a target which stands still is reached without overshoot.
+    Args: q, qd, want, pace (2, 6). Returns: q, qd after dt. Relative to the target the speed never exceeds what can be braked
+        over the gap that is left, so that a target which stands still is reached without overshoot.
     """
     a, gap = limits.joint_acceleration, want - q
     # Largest speed v with v dt + v^2 / 2a <= |gap|: one period at v, then braking, ends on the target.
@@ -224,8 +224,8 @@ def limited_step(
 
 
 class Trajectory:
-    """Way-points with times, joined chunk to chunk. Late ones are dropped and never replayed, and there is never a jump: each chunk
-    begins where the commands are when it arrives.
+    """Way-points with times, joined chunk to chunk. Late ones are dropped and never replayed, and there is never a jump: each
+    chunk begins where the way-points are when it arrives.
     """
 
     def __init__(self, now: float, q: np.ndarray, grip: np.ndarray):
@@ -365,8 +365,8 @@ class Pilot:
         if off.max() > self.limits.step:
             arm, joint = np.unravel_index(off.argmax(), off.shape)
             raise Fault(
-                f"joint {joint + 1} of the {ARMS[arm]} arm is {off.max():.3f} rad from its command, at most {self.limits.step} are "
-                "allowed: it is held back or does not follow"
+                f"joint {joint + 1} of the {ARMS[arm]} arm is {off.max():.3f} rad from its command, at most {self.limits.step} "
+                "are allowed: it is held back or does not follow"
             )
         # Whoever may stop there may go on: each command leaves room to brake inside the limits.
         self.limits.check(braked(q, qd, self.limits.joint_braking), self.bases, "braking after the next command")

@@ -35,6 +35,7 @@ PIXELS = 84  # side of the pictures, as robomimic's
 SPEED = 0.045  # metres that the experts go per step
 TURN = 0.2  # rad per step
 SHAKE = 0.01  # metres by which a recording's hands are pushed at the most, standard deviation per step, where they go fast
+BLUR = 0.02  # noise on the orientations of recordings, standard deviation of a matrix entry, about 1 degree
 MAX_JOINT_STEP = 0.25  # rad per step that the environment executes: 2.5 rad/s
 
 BIN = np.array([0.45, -0.5, 0.0])  # Can: middle of the bin
@@ -70,7 +71,11 @@ class Scene:
 
 SCENES = {
     "lift": Scene(
-        thing('type="box" size="0.02 0.02 0.02" mass="0.08"', "0.8 0.2 0.15 1"), (1,), (0.34, -0.34, 0.02, -0.75), (0.5, -0.1, 0.02, 0.75), 80
+        thing('type="box" size="0.02 0.02 0.02" mass="0.08"', "0.8 0.2 0.15 1"),
+        (1,),
+        (0.34, -0.34, 0.02, -0.75),
+        (0.5, -0.1, 0.02, 0.75),
+        80,
     ),
     "can": Scene(
         thing('type="cylinder" size="0.026 0.05" mass="0.12"', "0.75 0.12 0.15 1") + walls(BIN, 0.1, 0.1),
@@ -109,8 +114,8 @@ def arm_observation(name: str, hand: np.ndarray, grip: float) -> Arrays:
 class Table(gymnasium.Env):
     """One task in the twin, 10 actions per second. Reward and score: 1 at success, which ends an episode.
 
-    An episode is a function of its seed. Success: Lift, the cube 10 cm above the table and held; Can, it stands or lies in the bin
-    and the gripper has let go; Transport, the bar lies in the tray and both have let go.
+    An episode is a function of its seed. Success: Lift, the cube 10 cm above the table and held; Can, it is in the bin and the
+    gripper has let go; Transport, the bar lies in the tray and both have let go.
     """
 
     render_mode = "rgb_array"
@@ -304,19 +309,32 @@ def episode(env: Table, seed: int, shake: float = SHAKE) -> tuple[list[Arrays], 
     """One episode of the expert: rows of observations and actions, and whether it succeeded.
 
     Its hands are pushed off their way by up to `shake` metres (standard deviation per step and axis; the level is drawn per
-    episode), less where they go slowly; the action that is kept is what the expert meant.
+    episode), less where they go slowly; the action that is kept is what the expert meant. Orientations are blurred: hands point
+    down all the time, and from the milliradians by which a moving one does not, stretched to the network's range, a policy would
+    learn to tell how far the task has come.
     """
     obs, _ = env.reset(seed=seed)
     rng = np.random.default_rng(seed)
     level, rows, success, late = rng.uniform(0, shake), [], False, False
     while not (success or late):
         action = EXPERTS[env.task](env)
-        rows.append({**obs, "actions": action.astype(np.float32)})
+        rows.append({**blurred(obs, rng), "actions": action.astype(np.float32)})
         pushed = action.reshape(-1, 10).copy()
         pace = np.stack([np.linalg.norm(mine[:3] - arm.hand()[:3, 3]) for mine, arm in zip(pushed, env.acting, strict=True)])
         pushed[:, :3] += level * (0.2 + 0.8 * pace[:, None] / SPEED) * rng.normal(size=(len(pushed), 3))
         obs, _, success, late, _ = env.step(pushed.ravel())
     return rows, success
+
+
+def blurred(obs: Arrays, rng: np.random.Generator) -> Arrays:
+    """The observation with BLUR on the orientations of hands and object."""
+    obs = {key: value.copy() for key, value in obs.items()}
+    turns = [
+        value if key.endswith("_rot") else value[3:9] for key, value in obs.items() if key == "object" or key.endswith("_rot")
+    ]
+    for turn in turns:
+        turn += BLUR * rng.normal(size=6).astype(np.float32)
+    return obs
 
 
 def record(path: Path, task: str, view: str, episodes: int = 100) -> None:

@@ -2,18 +2,17 @@
 
 Link lengths come from the DH parameters in ur5_motion.py; masses, centres of mass and inertias are those that Universal Robots
 publishes in its robot description (ur5e/physical_parameters.yaml, inertias of cylinders), torques those of its article on joint
-torques. A joint is held by a position servo, as servoJ holds it; gravity is compensated, as the controller does. One simulation step
-is one control period of an e-Series, 2 ms.
+torques. A joint is held by a position servo, as servoJ holds it; gravity is compensated, as the controller does. One simulation
+step is one control period of an e-Series, 2 ms.
 
     cell frame      x to the front, y to the left, z up, metres; z = 0 is the table top. The bases stand at BASES.
     gripper         two fingers that close along the hand's y; 0 open (85 mm), 1 shut
 
-The arms touch objects and the table with their grippers only: a collision of links is not simulated, ur5_motion.clearance forbids it.
+The arms touch objects and the table with their grippers only: collisions of links are not simulated; the limits forbid them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -53,13 +52,36 @@ DAMPING = (240, 240, 200, 45, 45, 30)  # N m s / rad
 # What the eye sees of each link: tubes (from, to, radius, colour) in the axes of the body that turns with the joint.
 GREY, BLUE, DARK = "0.78 0.79 0.8 1", "0.35 0.55 0.75 1", "0.15 0.15 0.17 1"
 LOOKS = (
-    (((0, 0, 0.085), (0, 0, 0.1625), 0.06, GREY), ((0, -0.075, 0.1625), (0, 0.065, 0.1625), 0.058, GREY), ((0, 0.065, 0.1625), (0, 0.075, 0.1625), 0.055, BLUE)),
-    (((0, 0, 0.075), (0, 0, 0.195), 0.058, GREY), ((0, 0, 0.195), (0, 0, 0.205), 0.055, BLUE), ((0, 0, 0.138), (-0.425, 0, 0.138), 0.046, GREY), ((-0.425, 0, 0.065), (-0.425, 0, 0.19), 0.05, GREY), ((-0.425, 0, 0.19), (-0.425, 0, 0.198), 0.047, BLUE)),
-    (((0, 0, -0.055), (0, 0, 0.065), 0.05, GREY), ((0, 0, -0.063), (0, 0, -0.055), 0.047, BLUE), ((0, 0, 0.007), (-0.3922, 0, 0.007), 0.037, GREY), ((-0.3922, 0, -0.05), (-0.3922, 0, 0.07), 0.04, GREY)),
-    (((0, 0, 0.06), (0, 0, 0.1333), 0.04, GREY), ((0, -0.055, 0.1333), (0, 0.045, 0.1333), 0.04, GREY), ((0, 0.045, 0.1333), (0, 0.053, 0.1333), 0.037, BLUE)),
-    (((0, 0, 0.04), (0, 0, 0.0997), 0.04, GREY), ((0, -0.045, 0.0997), (0, 0.055, 0.0997), 0.04, GREY), ((0, -0.053, 0.0997), (0, -0.045, 0.0997), 0.037, BLUE)),
+    (
+        ((0, 0, 0.085), (0, 0, 0.1625), 0.06, GREY),
+        ((0, -0.075, 0.1625), (0, 0.065, 0.1625), 0.058, GREY),
+        ((0, 0.065, 0.1625), (0, 0.075, 0.1625), 0.055, BLUE),
+    ),
+    (
+        ((0, 0, 0.075), (0, 0, 0.195), 0.058, GREY),
+        ((0, 0, 0.195), (0, 0, 0.205), 0.055, BLUE),
+        ((0, 0, 0.138), (-0.425, 0, 0.138), 0.046, GREY),
+        ((-0.425, 0, 0.065), (-0.425, 0, 0.19), 0.05, GREY),
+        ((-0.425, 0, 0.19), (-0.425, 0, 0.198), 0.047, BLUE),
+    ),
+    (
+        ((0, 0, -0.055), (0, 0, 0.065), 0.05, GREY),
+        ((0, 0, -0.063), (0, 0, -0.055), 0.047, BLUE),
+        ((0, 0, 0.007), (-0.3922, 0, 0.007), 0.037, GREY),
+        ((-0.3922, 0, -0.05), (-0.3922, 0, 0.07), 0.04, GREY),
+    ),
+    (
+        ((0, 0, 0.06), (0, 0, 0.1333), 0.04, GREY),
+        ((0, -0.055, 0.1333), (0, 0.045, 0.1333), 0.04, GREY),
+        ((0, 0.045, 0.1333), (0, 0.053, 0.1333), 0.037, BLUE),
+    ),
+    (
+        ((0, 0, 0.04), (0, 0, 0.0997), 0.04, GREY),
+        ((0, -0.045, 0.0997), (0, 0.055, 0.0997), 0.04, GREY),
+        ((0, -0.053, 0.0997), (0, -0.045, 0.0997), 0.037, BLUE),
+    ),
     (((0, 0, 0.055), (0, 0, 0.0996), 0.037, "0.6 0.6 0.62 1"),),
-)  # fmt: skip
+)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------------
@@ -135,8 +157,8 @@ def cell_xml(objects: str) -> str:
       </default>
       <asset>
         <texture name="sky" type="skybox" builtin="gradient" rgb1="0.75 0.8 0.85" rgb2="0.45 0.5 0.55" width="64" height="384"/>
-        <texture name="wood" type="2d" builtin="flat" rgb1="0.72 0.62 0.5" rgb2="0.7 0.6 0.48" mark="random" markrgb="0.66 0.56 0.44"
-          random="0.02" width="256" height="256"/>
+        <texture name="wood" type="2d" builtin="flat" rgb1="0.72 0.62 0.5" rgb2="0.7 0.6 0.48" mark="random"
+          markrgb="0.66 0.56 0.44" random="0.02" width="256" height="256"/>
         <material name="wood" texture="wood" texrepeat="2 2" specular="0.1"/>
       </asset>
       <worldbody>
@@ -198,7 +220,7 @@ class Cell:
 
 
 class TwinArm:
-    """One arm of the twin. The methods down to `stop` are those of ur5_devices.UR5Arm; the others do to it what happens to real ones."""
+    """One arm of the twin. Down to `stop` it has the methods of ur5_devices.UR5Arm; the others do what happens to real ones."""
 
     def __init__(self, cell: Cell, arm: int):
         self.cell, self.arm, side = cell, arm, ARMS[arm]

@@ -4,7 +4,7 @@ Each answers at an address of its own, 127.x.y.z, on the real ports:
 
     29999   dashboard: a line of text for a line of text
     30003   script upload: a program that defines rtde_control() starts running when its last line has come
-    30004   RTDE, protocol 2: recipes of inputs and outputs, then a package of outputs every period, and of inputs when they change
+    30004   RTDE, protocol 2: recipes of inputs and outputs, then a package of outputs every period, of inputs when they change
     63352   the gripper's URCap
 
 The uploaded program is not interpreted. `Controller.obey` does what ur_rtde's control script does with its command register
@@ -32,9 +32,26 @@ READY, DONE = 1, 2
 SERVOJ, SERVOL, SERVO_STOP, SET_WATCHDOG, STOP_SCRIPT = 11, 24, 16, 35, 255
 STOPPED, PLAYING = 1, 2  # runtime_state
 RUNNING = 7  # robot_mode
-VECTORS = """target_q target_qd target_qdd target_current target_moment actual_q actual_qd actual_current joint_control_output
-    actual_TCP_pose actual_TCP_speed actual_TCP_force target_TCP_pose target_TCP_speed joint_temperatures actual_joint_voltage
-    ft_raw_wrench payload_inertia""".split()
+VECTORS = [
+    "target_q",
+    "target_qd",
+    "target_qdd",
+    "target_current",
+    "target_moment",
+    "actual_q",
+    "actual_qd",
+    "actual_current",
+    "joint_control_output",
+    "actual_TCP_pose",
+    "actual_TCP_speed",
+    "actual_TCP_force",
+    "target_TCP_pose",
+    "target_TCP_speed",
+    "joint_temperatures",
+    "actual_joint_voltage",
+    "ft_raw_wrench",
+    "payload_inertia",
+]
 TYPES = {
     **dict.fromkeys(VECTORS, ("VECTOR6D", "6d")),
     **dict.fromkeys(("actual_tool_accelerometer", "payload_cog"), ("VECTOR3D", "3d")),
@@ -333,8 +350,12 @@ def serve(connection) -> None:
             elif word == "drop":
                 for i in what[0]:
                     controllers[i].drop()
-            answers = {"speeds": lambda: workcell.speeds, "log": lambda: [c.log for c in controllers]}
-            connection.send(answers.get(word, lambda: time.monotonic())())
+            answer = time.monotonic()
+            if word == "speeds":
+                answer = workcell.speeds
+            elif word == "log":
+                answer = [controller.log for controller in controllers]
+            connection.send(answer)
 
 
 class Fakes:

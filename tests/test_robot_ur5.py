@@ -1,4 +1,4 @@
-"""The dual-arm UR5: kinematics against MuJoCo, limits, faults at random times, recordings, and the real ur_rtde client on loopback."""
+"""The dual-arm UR5: kinematics, limits, faults at random times, recordings, and the real ur_rtde client on loopback."""
 
 import dataclasses
 import os
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, TINY_MLP
 
 import demos
@@ -22,12 +21,14 @@ import ur5_motion
 import ur5_tasks
 import ur5_twin
 from common import UserError
-from policy import Policy, PolicyConfig
 from robot_ur5 import Config, Snapshot, Stopwatch, fly, limits_of, patience_of, stop_together
 from ur5_motion import ArmState, Chunk, Fault, Pilot, Trajectory
 
+sys.path.insert(0, str(ROOT / "benchmark"))
+from robot import waving_policy
+
 try:
-    import rtde_control  # noqa: F401
+    import rtde_control
 except ImportError:
     rtde_control = None
 real_client = pytest.mark.skipif(rtde_control is None, reason="needs ur_rtde: pip install -r requirements-robot.txt")
@@ -56,7 +57,7 @@ def test_forward_kinematics_are_mujocos():
 
 
 def test_published_reach_of_a_ur5e():
-    # The manual's figure: stretched to the side at q = 0, the flange is a2 + a3 = 817.2 mm out, and 232.9 mm beside the base's axis.
+    # UR's drawing: stretched to the side at q = 0, the flange is 817.2 mm out, and 232.9 mm beside the base's axis.
     flange = ur5_motion.frames(np.zeros(6))[5][:3, 3]
     assert np.allclose(flange, (-0.8172, -0.2329, 0.0628), atol=1e-9)
 
@@ -310,7 +311,7 @@ def test_a_flight_without_faults_does_not_stop():
 def test_the_first_target_must_be_near():
     flight = Flight(0)
     chunk = flight.chunk(0.0)
-    with pytest.raises(Fault, match="the first target is 0.50 rad away, at joint 2 of the left arm"):
+    with pytest.raises(Fault, match=r"the first target is 0\.50 rad away, at joint 2 of the left arm"):
         flight.pilot.take(0.0, dataclasses.replace(chunk, q=HOMES + np.array([[[0, 0.5, 0, 0, 0, 0], [0] * 6]]).repeat(8, 0)))
 
 
@@ -396,7 +397,7 @@ def test_an_old_picture_is_a_fault_that_names_the_cause():
 
 
 def test_a_camera_of_another_size_or_without_pictures_is_refused():
-    with pytest.raises(ValueError, match="camera head: it gives 64 x 48 pixels, 640 x 480 are wanted"):
+    with pytest.raises(ValueError, match=r"camera head: it gives 64 x 48 pixels, 640 x 480 are wanted"):
         ur5_devices.Camera("head", Scripted(), 30.0, 24, (640, 480))
     with pytest.raises(ValueError, match="unplugged"):
         ur5_devices.Camera("head", Scripted(last=0), 30.0, 24)
@@ -450,7 +451,7 @@ def test_recorded_episodes_survive_a_kill_and_train(tmp_path):
     assert np.array_equal(data.obs["object"], np.stack([row["object"] for row in kept]))
     again = ur5_tasks.EpisodeFile(tmp_path / "out.hdf5")
     assert again.count == 2
-    with pytest.raises(ValueError, match="must end in .hdf5"):
+    with pytest.raises(ValueError, match=r"must end in \.hdf5"):
         ur5_tasks.EpisodeFile(tmp_path / "out.npz")
     (tmp_path / "mine.hdf5").write_bytes(b"")
     with pytest.raises(ValueError, match="no recording of this program"):
@@ -502,22 +503,8 @@ def test_the_report_counts_what_happened():
 # --- bad input --------------------------------------------------------------------------------------------------------------
 
 
-def waving_policy(path: Path, cameras: tuple[str, ...] = (), env: str = "ur5-transport-image", **changes) -> Path:
-    """A policy of random weights that sees the arms only and moves both hands by centimetres about their home."""
-    shapes = {f"{arm}_{name}": (n,) for arm in ur5_motion.ARMS for name, n in (("pos", 3), ("rot", 6), ("grip", 1))}
-    shapes |= {f"{camera}_image": (84, 84, 3) for camera in cameras}
-    torch.manual_seed(0)
-    settings = {"env": env, "obs_shapes": shapes, "action_dim": 20, "obs_steps": 1, "horizon": 8, "action_steps": 4, **changes}
-    policy = Policy(PolicyConfig(**settings, **TINY_MLP))
-    if policy.config.action_dim == 20:
-        hand = np.concatenate([[0, 0, 0], ur5_twin.DOWN[:, 0], ur5_twin.DOWN[:, 1], [0.0]])
-        center = np.concatenate([hand, hand])
-        center[:3], center[10:13] = ur5_twin.REST
-        half = np.tile([0.06, 0.06, 0.05, *[0.02] * 6, 0.2], 2)
-        policy.normalize_action.center.copy_(torch.from_numpy(center))
-        policy.normalize_action.half_range.copy_(torch.from_numpy(half))
-    policy.save(path)
-    return path
+def tiny(path: Path, cameras: tuple[str, ...] = (), **changes) -> Path:
+    return waving_policy(path, cameras, **TINY_MLP, **changes)
 
 
 @pytest.mark.parametrize(
@@ -548,9 +535,9 @@ def test_bad_flags_are_refused_in_words(flags, status, message, monkeypatch, tmp
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
-    cameras = waving_policy(tmp_path / "cameras.pt", ("head",))
-    pusht = waving_policy(tmp_path / "pusht.pt", env="pusht", obs_shapes={"state": (20,)}, action_dim=2)
-    blind = waving_policy(tmp_path / "object.pt", env="ur5-lift", obs_shapes={"right_pos": (3,), "object": (12,)}, action_dim=10)
+    cameras = tiny(tmp_path / "cameras.pt", ("head",))
+    pusht = tiny(tmp_path / "pusht.pt", env="pusht", obs_shapes={"state": (20,)}, action_dim=2)
+    blind = tiny(tmp_path / "object.pt", env="ur5-lift", obs_shapes={"right_pos": (3,), "object": (12,)}, action_dim=10)
     robot = {"robot": ("a", "b")}
     cases = [
         (Config(ckpt=str(cameras), **robot), r"trained with the cameras \['head'\]; given are \[\]"),
@@ -686,7 +673,7 @@ def test_arms_that_cannot_be_used_are_refused_in_words(fakes):
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):
             ur5_devices.UR5Arm(fakes.new(**settings)[0], True, servo)
-    with pytest.raises(ValueError, match="there is no UR5 at 127.0.0.250"):
+    with pytest.raises(ValueError, match=r"there is no UR5 at 127\.0\.0\.250"):
         ur5_devices.UR5Arm("127.0.0.250", True, servo)
 
 
@@ -731,7 +718,7 @@ def wait_for_motion(fakes, program: subprocess.Popen, seconds: float = 90.0) -> 
 
 def kill(fakes, folder: Path, number: int, after: float) -> subprocess.Popen:
     """Start the program, let the arms move, send it that signal, and see them stand within the watchdog's time."""
-    program = start_program(fakes.new(), waving_policy(folder / "waving.pt"), folder)
+    program = start_program(fakes.new(), tiny(folder / "waving.pt"), folder)
     wait_for_motion(fakes, program)
     time.sleep(after)
     moment = fakes.ask("time")
