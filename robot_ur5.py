@@ -300,8 +300,8 @@ class Brain:
         self.rows: list[dict] = []
         self.rest = self.snapshot.read()[1]
 
-    def look(self) -> tuple[dict[str, np.ndarray], float]:
-        """The newest observation and the time of its oldest part."""
+    def look(self) -> tuple[dict[str, np.ndarray], float, float]:
+        """The newest observation, the time of the arms' states in it, and that of its oldest part."""
         if self.mirror:
             at = self.mirror.update()
             obs = self.mirror.table.sense()
@@ -313,11 +313,11 @@ class Brain:
             obs = {}
             for i in self.arms:
                 obs |= {key: x.astype(np.float32) for key, x in arm_observation(ARMS[i], hands[i], grip[i]).items()}
-        now = time.monotonic()
+        now, oldest = time.monotonic(), at
         for camera in self.cameras:
             obs[f"{camera.name}_image"], taken = camera.read(now, self.cfg.stale_camera)
-            at = min(at, taken)
-        return obs, at
+            oldest = min(oldest, taken)
+        return obs, at, oldest
 
     def history(self, obs: dict, now: float) -> dict[str, np.ndarray]:
         """The last To observations, STEP_S apart as in the demonstrations, {key: (1, To, ...)}; the first one is repeated."""
@@ -329,14 +329,14 @@ class Brain:
 
     def decide(self) -> Chunk:
         """One decision. Raises Fault where what it would look at is too old, ValueError where the hand cannot reach."""
-        obs, captured = self.look()
+        obs, at, captured = self.look()
         started = time.monotonic()
         if self.policy:
             actions = self.policy.act(self.history(obs, started), generator=self.generator)[0].cpu().numpy().astype(np.float64)
         else:
             self.encoded = started
             actions = EXPERTS[self.task](self.mirror.table)[None]
-        times = captured + STEP_S * (1 + np.arange(len(actions)))
+        times = at + STEP_S * (1 + np.arange(len(actions)))  # an action says where the hand that it saw shall be then
         q_now = self.snapshot.read()[1]
         q = np.repeat(self.rest[None], len(actions), 0)
         grip = np.zeros((len(actions), 2))

@@ -10,8 +10,8 @@ Symbols                          shape          unit
     commands   both arms         (2, 6)         rad            left, right
 
 The arm's constants are Universal Robots': DH parameters of its article "DH parameters for calculations of kinematics and
-dynamics", joint ranges and speeds of the UR5e user manual. A real arm differs from its nominal kinematics by up to millimetres; its
-controller holds a calibration, which this file does not read.
+dynamics", joint ranges and speeds of the UR5e user manual. A real arm differs from its nominal kinematics by up to
+millimetres; its controller holds a calibration, which this file does not read.
 """
 
 from __future__ import annotations

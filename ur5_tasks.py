@@ -33,6 +33,7 @@ from ur5_twin import BASES, CAMERAS, DOWN, PERIOD, Cell, TwinArm
 STEP_S = 0.1  # seconds between two actions
 PIXELS = 84  # side of the pictures, as robomimic's
 SPEED = 0.045  # metres that the experts go per step
+SLOW = 0.02  # ... the last centimetres down to an object, so that the hand can brake above the table
 TURN = 0.2  # rad per step
 SHAKE = 0.01  # metres by which a recording's hands are pushed at the most, standard deviation per step, where they go fast
 BLUR = 0.02  # noise on the orientations of recordings, standard deviation of a matrix entry, about 1 degree
@@ -229,7 +230,7 @@ def fetch(arm: TwinArm, place: np.ndarray, yaw: float) -> np.ndarray:
     if aside < 0.012 and abs(gap[2]) < 0.012:
         return towards(arm, place, yaw, 1.0)
     if aside < 0.012 + 0.12 * max(gap[2], 0):  # within a cone above the place
-        return towards(arm, place, yaw, 0.0)
+        return towards(arm, place, yaw, 0.0, SLOW if gap[2] < 0.05 else SPEED)
     return towards(arm, place + np.array([0, 0, 0.09]), yaw, 0.0)
 
 

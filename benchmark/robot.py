@@ -92,7 +92,7 @@ def table(rows: list[dict]) -> str:
         if row["what"] == "times":
             lines += [f"\n{row['policy']}, {row['device']}, {row['machine']}, load {row['load']}, {row['seconds']:.0f} s:"]
             lines += [
-                f"servo {row['servo_hz']:.1f} Hz, missed {row['missed_share']:.3%}; {row['policy_hz']:.1f} decisions per second\n",
+                f"servo {row['servo_hz']:.1f} Hz, missed {row['missed_share']:.3%}; {row['policy_hz']:.1f} decisions/s\n",
                 "| milliseconds | p50 | p95 | p99 | max |\n|---|---|---|---|---|",
             ]
             lines += [
