@@ -19,12 +19,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 
-from manipulation import Arrays, Eye, observation_space, save_episodes
+from manipulation import Arrays, Eye, observation_space, record_successes
 from robomimic_tasks import clip_norm
 from rotations import matrix, six, vector
 from ur5_motion import ARMS, inverse, pose_of
@@ -339,22 +340,10 @@ def blurred(obs: Arrays, rng: np.random.Generator) -> Arrays:
 
 
 def record(path: Path, task: str, view: str, episodes: int = 100) -> None:
-    """Write `episodes` successes to path, an .npz, and how many attempts they took. Starts: seeds from 4,000,000 on.
-
-    ValueError where the expert fails too often.
-    """
-    env, rows, ends, seed = Table(task, view), [], [], 4_000_000
-    while len(ends) < episodes:
-        if seed == 4_000_000 + 3 * episodes + 10:
-            raise ValueError(f"the expert succeeded in {len(ends)} of {3 * episodes + 10} episodes only; {episodes} are needed")
-        mine, success = episode(env, seed)
-        seed += 1
-        if success:
-            rows += mine
-            ends.append(len(rows))
+    """`episodes` successes to path; manipulation.record_successes says how."""
+    env = Table(task, view)
+    record_successes(path, partial(episode, env), episodes)
     env.close()
-    arrays = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-    save_episodes(path, ends, {**arrays, "attempts": np.array(seed - 4_000_000)})
 
 
 class EpisodeFile:
