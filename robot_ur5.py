@@ -260,6 +260,7 @@ class Brain:
     def __init__(self, cfg: Config, snapshot: Snapshot):
         """Opens cameras and loads the policy. Raises ValueError, OSError, ImportError, UserError."""
         self.cfg, self.snapshot, self.bases = cfg, snapshot, bases_of(cfg)
+        self.into_base = np.linalg.inv(self.bases)
         self.policy = read_policy(cfg, usable_device(cfg.device))
         self.task = self.policy.config.env.split("-")[1] if self.policy else cfg.task
         self.arms = [i for i, name in enumerate(ARMS) if self.policy and f"{name}_pos" in self.policy.config.obs_shapes]
@@ -341,7 +342,7 @@ class Brain:
         q = np.repeat(self.rest[None], len(actions), 0)
         grip = np.zeros((len(actions), 2))
         for mine, i in zip(np.split(actions, len(self.arms), 1), self.arms, strict=True):
-            poses = np.linalg.inv(self.bases[i]) @ np.stack([pose_of(row[:3], row[3:9]) for row in mine])
+            poses = self.into_base[i] @ pose_of(mine[:, :3], mine[:, 3:9])
             q[:, i], grip[:, i] = inverse(poses, q_now[i]), mine[:, 9]
         if not self.rows or started - self.rows[-1]["times"] >= STEP_S - 0.01:
             self.rows.append({**obs, "actions": actions[0].astype(np.float32), "times": np.float64(started)})

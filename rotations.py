@@ -31,8 +31,8 @@ def six(R: np.ndarray) -> np.ndarray:
 
 
 def from_six(x: np.ndarray) -> np.ndarray:
-    """(6,), however scaled -> (3, 3), by Gram-Schmidt."""
-    a = x[:3] / max(np.linalg.norm(x[:3]), 1e-9)
-    b = x[3:] - a * (a @ x[3:])
-    b /= max(np.linalg.norm(b), 1e-9)
+    """(..., 6), however scaled -> (..., 3, 3), by Gram-Schmidt."""
+    a = x[..., :3] / np.maximum(np.linalg.norm(x[..., :3], axis=-1, keepdims=True), 1e-9)
+    b = x[..., 3:] - a * (a * x[..., 3:]).sum(-1, keepdims=True)
+    b = b / np.maximum(np.linalg.norm(b, axis=-1, keepdims=True), 1e-9)
     return np.stack([a, b, np.cross(a, b)], -1)

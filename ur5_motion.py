@@ -111,9 +111,9 @@ def mounted(x: float, y: float, z: float, yaw: float) -> np.ndarray:
 
 
 def pose_of(position: np.ndarray, rotation6: np.ndarray) -> np.ndarray:
-    """An action's position (3,) and 6-D rotation -> (4, 4)."""
-    pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = from_six(np.asarray(rotation6, np.float64)), position
+    """Of actions: position (..., 3) and 6-D rotation (..., 6) -> (..., 4, 4)."""
+    pose = np.zeros((*np.shape(position)[:-1], 4, 4))
+    pose[..., :3, :3], pose[..., :3, 3], pose[..., 3, 3] = from_six(np.asarray(rotation6, np.float64)), position, 1
     return pose
 
 
