@@ -72,9 +72,9 @@ def kind_of(name: str) -> tuple[str, str]:
 class Controller:
     """One arm's controller. The tests set: mode, safety, remote before a connection; freeze, drop, fail, delay at any time."""
 
-    def __init__(self, host: str, arm: TwinArm, major: int = 3, joints: int = 6):
-        """major: 3, a CB3 with 125 periods per second, or 5, an e-Series with 500. joints: that it reports."""
-        self.host, self.arm, self.major, self.joints = host, arm, major, joints
+    def __init__(self, host: str, arm: TwinArm, major: int):
+        """major: 3, a CB3 with 125 periods per second, or 5, an e-Series with 500."""
+        self.host, self.arm, self.major = host, arm, major
         self.mode, self.safety, self.remote = "Robotmode: RUNNING", "Safetystatus: NORMAL", True
         self.frozen, self.delay = False, 0.0
         self.ints, self.doubles, self.outs = [0] * 48, [0.0] * 48, [0] * 48
@@ -222,7 +222,7 @@ class Controller:
         pose = tcp(frames(state.q))[:3, 3]
         values = {
             "timestamp": now,
-            "actual_q": state.q[: self.joints],
+            "actual_q": state.q,
             "actual_qd": state.qd,
             "target_q": self.arm.target,
             "actual_TCP_pose": [*pose, 0, 0, 0],
@@ -294,11 +294,11 @@ def pose_of_vector(values: list[float]) -> np.ndarray:
 class Workcell:
     """Both controllers over one twin, in real time, in a thread of their own."""
 
-    def __init__(self, major: int, joints: int, settings: dict):
+    def __init__(self, major: int, settings: dict):
         block = "127." + ".".join(map(str, np.random.default_rng().integers(1, 250, 2)))
         self.cell = Cell("")
         pairs = zip((f"{block}.1", f"{block}.2"), self.cell.arms, strict=True)
-        self.controllers = [Controller(host, arm, major, joints) for host, arm in pairs]
+        self.controllers = [Controller(host, arm, major) for host, arm in pairs]
         for controller in self.controllers:
             vars(controller).update(settings)
         self.period, self.running = 0.002 if major > 3 else 0.008, True
@@ -371,9 +371,9 @@ class Fakes:
         self.connection.send(words)
         return self.connection.recv()
 
-    def new(self, major: int = 3, joints: int = 6, **settings) -> list[str]:
+    def new(self, major: int = 3, **settings) -> list[str]:
         """Fresh controllers, arms at home. Returns: addresses of the left and the right one."""
-        return self.ask("new", major, joints, settings)
+        return self.ask("new", major, settings)
 
     def close(self) -> None:
         self.process.terminate()

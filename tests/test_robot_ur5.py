@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -420,6 +421,29 @@ def test_servo_settings_keep_to_the_manual():
     for bad in ({"gain": 99}, {"gain": 2001}, {"lookahead": 0.02}, {"lookahead": 0.3}, {"frequency": 250}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             ur5_devices.ServoSettings(**bad)
+
+
+def test_an_arm_with_other_joints_is_refused(monkeypatch):
+    class Module:
+        """ur_rtde's three modules in one, of an arm with seven joints."""
+
+        def __init__(self, *_):
+            self.connect = self.disconnect = lambda: None
+            self.robotmode, self.safetystatus = (lambda: "Robotmode: RUNNING"), (lambda: "Safetystatus: NORMAL")
+            self.polyscopeVersion, self.getActualQ = (lambda: "5.15.0"), (lambda: [0.0] * 7)
+
+    Module.DashboardClient = Module.RTDEReceiveInterface = Module
+    monkeypatch.setattr(ur5_devices, "ur_rtde", lambda: (Module, Module, Module))
+    monkeypatch.setattr(ur5_devices.socket, "create_connection", lambda *_, **__: socket.socket())
+    with pytest.raises(ValueError, match="reports 7 joints; a UR5 has 6"):
+        ur5_devices.UR5Arm("here", False, ur5_devices.ServoSettings())
+
+
+def test_without_the_library_the_pip_line_is_told(monkeypatch):
+    for name in ("rtde_control", "rtde_receive", "dashboard_client"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"pip install -r requirements-robot\.txt"):
+        ur5_devices.ur_rtde()
 
 
 # --- tasks and recordings -------------------------------------------------------------------------------------------------
