@@ -87,10 +87,10 @@ SCENES = {
         120,
     ),
     "transport": Scene(
-        thing('type="box" size="0.013 0.17 0.013" mass="0.12"', "0.85 0.6 0.1 1") + walls(TRAY, 0.09, 0.21),
+        thing('type="box" size="0.013 0.17 0.02" mass="0.12"', "0.85 0.6 0.1 1") + walls(TRAY, 0.09, 0.21),
         (0, 1),
-        (0.36, 0.26, 0.013, -0.4),
-        (0.46, 0.36, 0.013, 0.4),
+        (0.36, 0.26, 0.02, -0.4),
+        (0.46, 0.36, 0.02, 0.4),
         200,
     ),
 }  # fmt: skip
@@ -243,7 +243,7 @@ def holds(env: Table, arm: TwinArm, place: np.ndarray) -> bool:
 def lift(env: Table) -> np.ndarray:
     """Grasp the cube across the sides that face the hand, and up."""
     arm, (at, R) = env.acting[0], env.cell.body("object")
-    at[2] += 0.006  # the fingers reach below the tool centre, and not into the table
+    at[2] += 0.01  # the fingers reach below the tool centre, and not into the table
     yaw = float(np.arctan2(R[1, 0], R[0, 0]))
     if holds(env, arm, at):
         return towards(arm, arm.hand()[:3, 3] + [0, 0, 0.1], yaw, 1.0)
@@ -270,7 +270,7 @@ def transport(env: Table) -> np.ndarray:
     (left, right), (at, R) = env.acting, env.cell.body("object")
     along = R[:, 1]  # the bar's length; to the left
     yaw = float(np.arctan2(-R[0, 1], R[1, 1]))
-    up = np.array([0, 0, 0.008])  # the fingers reach a little below the tool centre
+    up = np.array([0, 0, 0.01])  # the fingers reach a little below the tool centre
     ends = at + REACH * along + up, at - REACH * along + up
     held = [holds(env, arm, end) for arm, end in zip(env.acting, ends, strict=True)]
     away = np.linalg.norm(left.hand()[:3, 3] - ends[0]) > 0.05
@@ -294,7 +294,7 @@ def transport(env: Table) -> np.ndarray:
     elif not away or left.state().grip > 0.3:
         take = towards(right, right.hand()[:3, 3], yaw, 1.0)
     elif np.linalg.norm(aside) < 0.03:
-        take = towards(right, np.array([*(TRAY - REACH * along)[:2], 0.03]), 0.0, 0.0 if at[2] < 0.055 else 1.0)
+        take = towards(right, np.array([*(TRAY - REACH * along)[:2], 0.035]), 0.0, 0.0 if at[2] < 0.055 else 1.0)
     else:
         take = towards(right, np.array([*(TRAY - REACH * along)[:2], 0.26]), 0.0, 1.0)
     return np.concatenate([bring, take])
