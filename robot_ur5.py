@@ -345,7 +345,8 @@ class Brain:
             poses = self.into_base[i] @ pose_of(mine[:, :3], mine[:, 3:9])
             q[:, i], grip[:, i] = inverse(poses, q_now[i]), mine[:, 9]
         if not self.rows or started - self.rows[-1]["times"] >= STEP_S - 0.01:
-            self.rows.append({**obs, "actions": actions[0].astype(np.float32), "times": np.float64(started)})
+            when = {"times": np.float64(started), "captured": np.float64(captured)}
+            self.rows.append({**obs, **when, "actions": actions[0].astype(np.float32)})
         return Chunk(captured, started, self.encoded, time.monotonic(), times, q, grip)
 
     def close(self) -> None:

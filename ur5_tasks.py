@@ -347,7 +347,7 @@ def record(path: Path, task: str, view: str, episodes: int = 100) -> None:
 
 
 class EpisodeFile:
-    """Recorded episodes in robomimic's layout, data/demo_<k>/{actions, times, obs/<key>}, one file per episode.
+    """Recorded episodes in robomimic's layout, data/demo_<k>/{actions, times, captured, obs/<key>}, a file each.
 
     `path` itself holds links to <stem>.episodes/<k>.hdf5, and each file appears only when whole: whatever kills the program, the
     episodes that were finished before can be read.
@@ -366,12 +366,13 @@ class EpisodeFile:
         self.count = len(list(self.folder.glob("[0-9]*.hdf5")))
 
     def add(self, rows: list[Arrays]) -> None:
-        """rows: one dict per step with "actions", "times" (s, monotonic) and the observation's keys."""
+        """rows: one dict per step with "actions", "times", "captured" (of the observation complete, of its oldest picture or state;
+        monotonic, s) and the observation's keys."""
         part = self.folder / f"{self.count}.hdf5"
         columns = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         with self.h5py.File(part.with_suffix(".tmp"), "w") as file:
             for key, column in columns.items():
-                file[f"demo/{key}" if key in ("actions", "times") else f"demo/obs/{key}"] = column
+                file[f"demo/{key}" if key in ("actions", "times", "captured") else f"demo/obs/{key}"] = column
             file["demo"].attrs["num_samples"] = len(rows)
         settle(part)
         self.count += 1
