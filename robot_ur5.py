@@ -469,12 +469,15 @@ class Worker:
         return seconds
 
 
+STAGES = ("capture", "encode", "policy", "command", "after capture", "end to end")
+
+
 class Stopwatch:
     """Times of the servo's periods and of each chunk's stages."""
 
     def __init__(self, period: float):
         self.period, self.ticks, self.work = period, array.array("d"), array.array("d")
-        self.stages: list[tuple[float, ...]] = []  # capture, encode, policy, command, end to end; seconds
+        self.stages: list[tuple[float, ...]] = []  # STAGES of each decision, seconds
         self.missed, self.dropped, self.waiting = 0, 0, None
 
     def took(self, chunk: Chunk) -> None:
@@ -490,8 +493,7 @@ class Stopwatch:
 
     def report(self, seconds: dict[str, list[float]]) -> dict:
         """Milliseconds at p50, p95, p99 and max of each stage, rates, missed periods. seconds: per picture, by camera."""
-        names = ("capture", "encode", "policy", "command", "end to end")
-        rows = dict(zip(names, np.array(self.stages).reshape(-1, 5).T, strict=True))
+        rows = dict(zip(STAGES, np.array(self.stages).reshape(-1, len(STAGES)).T, strict=True))
         ticks = np.array(self.ticks)
         steps = np.diff(ticks)
         steps = steps[steps < 1.0]  # between episodes nothing is due
@@ -534,9 +536,7 @@ def plot(watch: Stopwatch, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    for name, values in zip(
-        ("capture", "encode", "policy", "command", "end to end"), np.array(watch.stages).reshape(-1, 5).T, strict=True
-    ):
+    for name, values in zip(STAGES, np.array(watch.stages).reshape(-1, len(STAGES)).T, strict=True):
         left.hist(
             values * 1e3,
             60,
