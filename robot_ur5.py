@@ -486,9 +486,8 @@ class Stopwatch:
     def sent(self, now: float) -> None:
         if self.waiting:
             c = self.waiting
-            self.stages.append(
-                (c.started - c.captured, c.encoded - c.started, c.ready - c.encoded, now - c.ready, now - c.captured)
-            )
+            ends = np.diff([c.captured, c.started, c.encoded, c.ready, now])
+            self.stages.append((*ends, now - c.started, now - c.captured))
             self.waiting = None
 
     def report(self, seconds: dict[str, list[float]]) -> dict:
