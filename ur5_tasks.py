@@ -366,8 +366,8 @@ class EpisodeFile:
         self.count = len(list(self.folder.glob("[0-9]*.hdf5")))
 
     def add(self, rows: list[Arrays]) -> None:
-        """rows: one dict per step: "actions", the observation's keys, "times" when it was complete, "captured" of its oldest picture
-        or state (monotonic, s)."""
+        """rows: one dict per step: "actions", the observation's keys, "times" when it was complete, "captured" of its oldest part
+        (monotonic, s)."""
         part = self.folder / f"{self.count}.hdf5"
         columns = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         with self.h5py.File(part.with_suffix(".tmp"), "w") as file:

@@ -87,8 +87,10 @@ def expert(task: str, episodes: int) -> dict:
 
 
 def table(rows: list[dict]) -> str:
+    """The newest line of each measurement."""
+    newest = {tuple(row.get(key) for key in ("what", "policy", "task", "train_seed")): row for row in rows}
     lines = []
-    for row in rows:
+    for row in newest.values():
         if row["what"] == "times":
             lines += [f"\n{row['policy']}, {row['device']}, {row['machine']}, load {row['load']}, {row['seconds']:.0f} s:"]
             lines += [
