@@ -768,6 +768,9 @@ def main() -> None:
     except Fault as error:
         fault = error
     finally:
+        gc.enable()
+        if cfg.priority and hasattr(os, "sched_setscheduler"):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # what follows may wait
         if twin:
             speed = twin.settle()
             print(f"the twin's arms stand still (fastest joint {speed:.3f} rad/s)")
