@@ -25,7 +25,6 @@ A late or dead policy cannot stall the servo, which goes on along its way-points
 
 from __future__ import annotations
 
-import array
 import collections
 import dataclasses
 import gc
@@ -48,8 +47,9 @@ from common import UserError, catch_signals, plain_errors, run_main, usable_devi
 from encoders import kind
 from policy import Policy
 from ur5_motion import ARMS, LEVER, ArmState, Chunk, Fault, Limits, Patience, Pilot, frames, inverse, mounted, pose_of, tcp
-from ur5_tasks import EXPERTS, PIXELS, SCENES, STEP_S, EpisodeFile, Table, arm_observation
-from ur5_twin import BASES, CAMERAS, PERIOD
+from ur5_tasks import EXPERTS, PIXELS, SCENES, STEP_S, EpisodeFile, Table, Twin, arm_observation
+from ur5_times import Stopwatch, plot, table_text
+from ur5_twin import BASES, CAMERAS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -469,150 +469,6 @@ class Worker:
         return seconds
 
 
-STAGES = ("capture", "encode", "policy", "command", "after capture", "end to end")
-
-
-class Stopwatch:
-    """Times of the servo's periods and of each chunk's stages."""
-
-    def __init__(self, period: float):
-        self.period, self.ticks, self.work = period, array.array("d"), array.array("d")
-        self.stages: list[tuple[float, ...]] = []  # STAGES of each decision, seconds
-        self.missed, self.dropped, self.waiting = 0, 0, None
-
-    def took(self, chunk: Chunk) -> None:
-        self.waiting = chunk
-
-    def sent(self, now: float) -> None:
-        if self.waiting:
-            c = self.waiting
-            ends = np.diff([c.captured, c.started, c.encoded, c.ready, now])
-            self.stages.append((*ends, now - c.started, now - c.captured))
-            self.waiting = None
-
-    def report(self, seconds: dict[str, list[float]]) -> dict:
-        """Milliseconds at p50, p95, p99 and max of each stage, rates, missed periods. seconds: per picture, by camera."""
-        rows = dict(zip(STAGES, np.array(self.stages).reshape(-1, len(STAGES)).T, strict=True))
-        ticks = np.array(self.ticks)
-        steps = np.diff(ticks)
-        steps = steps[steps < 1.0]  # between episodes nothing is due
-        if len(steps):
-            rows |= {"servo jitter": np.abs(steps - self.period), "servo work": np.array(self.work)}
-        rows |= {f"camera {name}": np.array(values) for name, values in seconds.items() if values}
-        table = {
-            name: [round(float(x) * 1e3, 3) for x in (*np.percentile(values, (50, 95, 99)), values.max())]
-            for name, values in rows.items()
-            if len(values)
-        }
-        active = float(steps.sum()) if len(steps) else 0.0
-        return {
-            "latency_ms": table,
-            "seconds": round(active, 2),
-            "servo_hz": round(len(steps) / active, 1) if active else 0.0,
-            "periods": len(ticks) + self.missed,
-            "missed_periods": self.missed,
-            "missed_share": round(self.missed / max(1, len(ticks) + self.missed), 6),
-            "late_way_points": self.dropped,
-            "policy_hz": round(len(self.stages) / active, 1) if active else 0.0,
-        }
-
-
-def table_text(report: dict) -> str:
-    lines = [f"  {'milliseconds':16}{'p50':>9}{'p95':>9}{'p99':>9}{'max':>9}"]
-    lines += [f"  {name:16}" + "".join(f"{x:9.2f}" for x in row) for name, row in report["latency_ms"].items()]
-    return "\n".join(lines) + (
-        f"\n  servo {report['servo_hz']:.1f} Hz over {report['seconds']:.1f} s; {report['missed_periods']} of "
-        f"{report['periods']:,} periods missed ({report['missed_share']:.3%}); {report['policy_hz']:.1f} decisions per second, "
-        f"{report['late_way_points']} way-points came too late"
-    )
-
-
-def plot(watch: Stopwatch, path: Path) -> None:
-    """Histograms: each stage of a decision, and the servo's periods."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    for name, values in zip(STAGES, np.array(watch.stages).reshape(-1, len(STAGES)).T, strict=True):
-        left.hist(
-            values * 1e3,
-            60,
-            range=(0, max(1e-3, np.percentile(values, 99.5) * 1e3) if len(values) else 1),
-            histtype="step",
-            label=name,
-        )
-    left.set(xlabel="milliseconds", ylabel="decisions", title="from the newest observation to the command")
-    left.legend()
-    steps = np.diff(np.array(watch.ticks)) * 1e3
-    right.hist(steps[steps < 1000], 100, range=(0, 3e3 * watch.period))
-    right.set(xlabel="milliseconds", ylabel="periods", title=f"servo period, {watch.period * 1e3:g} ms wanted", yscale="log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-class Twin:
-    """The simulated cell in real time: it follows the clock, keeps a film, shows a window, and knows when the task is done."""
-
-    def __init__(self, task: str, window: bool):
-        self.table = Table(task)
-        self.cell = self.table.cell
-        self.cell.clock = time.monotonic
-        self.film: list[np.ndarray] = []
-        self.viewer = None
-        if window and (os.environ.get("DISPLAY") or sys.platform == "darwin"):
-            import mujoco.viewer
-
-            self.viewer = mujoco.viewer.launch_passive(self.cell.model, self.cell.data, show_left_ui=False, show_right_ui=False)
-
-    def reset(self, seed: int) -> None:
-        self.table.reset(seed=seed)
-        self.began = self.shown = time.monotonic()
-        self.steps = 0
-
-    def advance(self, now: float) -> str:
-        """Simulate up to now. Returns: "success" when the task is done. A machine that is too slow lets the twin's time lag."""
-        behind = int((now - self.began) / PERIOD) - self.steps
-        if behind > 50:
-            self.began += (behind - 50) * PERIOD
-            behind = 50
-        for _ in range(behind):
-            self.cell.step()
-        self.steps += behind
-        if now - self.shown < STEP_S:
-            return ""
-        self.shown = now
-        self.film.append(self.cell.data.qpos.copy())
-        if self.viewer:
-            self.viewer.sync()
-        return "success" if self.table.success() else ""
-
-    def settle(self) -> float:
-        """A second on, after the stop. Returns: the fastest joint then, rad/s."""
-        for _ in range(round(1 / PERIOD)):
-            self.cell.step()
-        return float(max(np.abs(arm.state().qd).max() for arm in self.cell.arms))
-
-    def write_film(self, path: Path, most: int = 400) -> None:
-        """The film as a GIF at twice the real speed, at most so many pictures."""
-        import imageio.v3 as iio
-
-        pictures = []
-        for qpos in self.film[:most]:
-            self.cell.data.qpos[:] = qpos
-            self.cell.mujoco.mj_forward(self.cell.model, self.cell.data)
-            pictures.append(self.table.render())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        iio.imwrite(path, np.stack(pictures), extension=".gif", duration=50, loop=0)
-
-    def close(self) -> None:
-        self.table.close()
-        if self.viewer:
-            self.viewer.close()
-
-
 def stop_together(arms: list, deceleration: float, seconds: float = 1.0) -> list[str]:
     """Stop both arms at once: each from a thread of its own, since a controller that hangs blocks whoever talks to it.
 
@@ -698,8 +554,10 @@ def fly(
                 return ended
     finally:
         watch.dropped += pilot.dropped
+        impatience = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the stop
         for problem in stop_together(arms, cfg.deceleration) if moving else []:
             print(problem, file=sys.stderr)
+        signal.signal(signal.SIGINT, impatience)
 
 
 def real_time(priority: int) -> str:

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -207,6 +209,66 @@ class Table(gymnasium.Env):
     def close(self) -> None:
         for eye in self.eyes.values():
             eye.close()
+
+
+class Twin:
+    """The simulated cell in real time: it follows the clock, keeps a film, shows a window, and knows when the task is done."""
+
+    def __init__(self, task: str, window: bool):
+        self.table = Table(task)
+        self.cell = self.table.cell
+        self.cell.clock = time.monotonic
+        self.film: list[np.ndarray] = []
+        self.viewer = None
+        if window and (os.environ.get("DISPLAY") or sys.platform == "darwin"):
+            import mujoco.viewer
+
+            self.viewer = mujoco.viewer.launch_passive(self.cell.model, self.cell.data, show_left_ui=False, show_right_ui=False)
+
+    def reset(self, seed: int) -> None:
+        self.table.reset(seed=seed)
+        self.began = self.shown = time.monotonic()
+        self.steps = 0
+
+    def advance(self, now: float) -> str:
+        """Simulate up to now. Returns: "success" when the task is done. A machine that is too slow lets the twin's time lag."""
+        behind = int((now - self.began) / PERIOD) - self.steps
+        if behind > 50:
+            self.began += (behind - 50) * PERIOD
+            behind = 50
+        for _ in range(behind):
+            self.cell.step()
+        self.steps += behind
+        if now - self.shown < STEP_S:
+            return ""
+        self.shown = now
+        self.film.append(self.cell.data.qpos.copy())
+        if self.viewer:
+            self.viewer.sync()
+        return "success" if self.table.success() else ""
+
+    def settle(self) -> float:
+        """A second on, after the stop. Returns: the fastest joint then, rad/s."""
+        for _ in range(round(1 / PERIOD)):
+            self.cell.step()
+        return float(max(np.abs(arm.state().qd).max() for arm in self.cell.arms))
+
+    def write_film(self, path: Path, most: int = 400) -> None:
+        """The film as a GIF at twice the real speed, at most so many pictures."""
+        import imageio.v3 as iio
+
+        pictures = []
+        for qpos in self.film[:most]:
+            self.cell.data.qpos[:] = qpos
+            self.cell.mujoco.mj_forward(self.cell.model, self.cell.data)
+            pictures.append(self.table.render())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        iio.imwrite(path, np.stack(pictures), extension=".gif", duration=50, loop=0)
+
+    def close(self) -> None:
+        self.table.close()
+        if self.viewer:
+            self.viewer.close()
 
 
 # --- experts: functions of the scene as it is, without memory ---------------------------------------------------------------
