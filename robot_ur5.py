@@ -356,7 +356,6 @@ class Brain:
 
 def think(connection, memory, cfg: Config) -> None:
     """The policy's process. It hears "start", "end" (with whether to keep it), "quit"; it says "ready", "chunk", "error"."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the servo stops the arms first and then says "quit"
     torch.set_num_threads(1)  # more of them would wait for each other longer than they work
     brain = None
     try:
@@ -411,7 +410,9 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # a fork would share CUDA and drawing contexts, which cannot be
         self.connection, other = context.Pipe()
         self.process = context.Process(target=think, args=(other, memory, cfg), daemon=True, name="policy")
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the servo's to hear
         self.process.start()
+        signal.signal(signal.SIGINT, before)
         other.close()
 
     def wait(self, word: str, seconds: float) -> object:
