@@ -647,11 +647,12 @@ def rest_after(fakes, moment: float, seconds: float) -> None:
 
 BRAKING_S = 0.45  # from full speed to rest, the servo's lag included
 
+ENDED = "the control program on the controller has ended"  # a stop ends it, and that may be heard first, on another connection
 TROUBLES = {
     "freeze": (("set", [0], {"frozen": True}), "left arm has not been heard of"),
     "drop": (("drop", [1]), "the right arm|stood still"),  # ur_rtde holds Python's lock while it tries to connect again
-    "protective stop": (("fail", [0], "protective stop"), "the left arm: protective stop"),
-    "emergency stop": (("fail", [0, 1], "emergency stop"), "emergency stop"),
+    "protective stop": (("fail", [0], "protective stop"), f"the left arm: protective stop|{ENDED}"),
+    "emergency stop": (("fail", [0, 1], "emergency stop"), f"emergency stop|{ENDED}"),
 }
 
 
