@@ -18,6 +18,7 @@ import locomotion
 import manipulation
 import robomimic_tasks
 import scripted
+import ur5_tasks
 from vector import Arrays, GymVector, SimulationError
 
 
@@ -227,6 +228,36 @@ def cube_task(size: str, task: int) -> Task:
     )
 
 
+def ur5_task(task: str, view: str) -> Task:
+    shapes = ur5_tasks.shapes(task, view)
+    return Task(
+        name=f"ur5-{task}" + ("-image" if view == "image" else ""),
+        score="success",
+        obs_shapes=shapes,
+        action_dim=ur5_tasks.actions(task),
+        make=partial(GymVector, partial(ur5_tasks.Table, task, view)),
+        side_by_side=10,
+        demo_arrays=(*shapes, "actions"),
+        demo_convert=partial(manipulation.plain_demos, shapes=shapes, action_dim=ur5_tasks.actions(task)),
+        demo_record=partial(ur5_tasks.record, task=task, view=view),
+        demo_origin="our own scripted expert in the twin",
+        demo_scripted=True,
+        # The experts have no memory, and so To = 1. A step lasts for a tenth of a second: 0.4 s from one look to the next.
+        train={
+            "obs_steps": 1,
+            "horizon": 8,
+            "action_steps": 4,
+            "obs_noise": 0.005,
+            "latent_scale": 0.5,
+            "batch_size": 128,
+            "steps": 4_000,
+            "eval_every": 2_000,
+            "eval_episodes": 30,
+            "report_episodes": 50,
+        },
+    )
+
+
 TASKS = {
     "pusht": Task(
         name="pusht",
@@ -335,3 +366,4 @@ TASKS |= {
     for view in ("state", "image", "points")
     for task in [metaworld_task(name, view)]
 }
+TASKS |= {task.name: task for name in ur5_tasks.SCENES for view in ("state", "image") for task in [ur5_task(name, view)]}

@@ -47,6 +47,24 @@ def save_episodes(path: Path, ends: Sequence[int], arrays: Arrays) -> None:
     temporary.replace(path)
 
 
+def record_successes(path: Path, run: Callable[[int], tuple[list[Arrays], bool]], episodes: int) -> None:
+    """Write `episodes` successes of an expert to path, an .npz, and how many attempts they took. Starts: seeds from 4,000,000 on.
+
+    run: seed -> rows (observations and "actions") and whether it succeeded. ValueError where the expert fails too often.
+    """
+    rows, ends, seed = [], [], 4_000_000
+    while len(ends) < episodes:
+        if seed == 4_000_000 + 3 * episodes + 10:
+            raise ValueError(f"the expert succeeded in {len(ends)} of {3 * episodes + 10} episodes only; {episodes} are needed")
+        mine, success = run(seed)
+        seed += 1
+        if success:
+            rows += mine
+            ends.append(len(rows))
+    arrays = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    save_episodes(path, ends, {**arrays, "attempts": np.array(seed - 4_000_000)})
+
+
 # --- Push-T -----------------------------------------------------------------------------------------------------------
 
 # Diffusion Policy's nine keypoints in the T's own frame, pixels. Their program drew them at random once; these are recovered from

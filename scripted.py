@@ -9,12 +9,14 @@ which one it takes is drawn per episode, so the demonstrations have modes. Where
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from manipulation import save_episodes
-from robomimic_tasks import STEP, TURN, Robosuite, clip_norm, matrix, vector
+from manipulation import record_successes
+from robomimic_tasks import STEP, TURN, Robosuite, clip_norm
+from rotations import matrix, vector
 
 OPEN, CLOSED = -1.0, 1.0
 SHAKE = {"lift": 0.02, "can": 0.02, "square": 0.02, "transport": 0.005}  # metres; a hammer that is pushed turns in the hand
@@ -278,20 +280,7 @@ def episode(env: Robosuite, seed: int, shake: float | None = None) -> tuple[list
 
 
 def record(path: Path, task: str, absolute: bool, view: str, episodes: int = 100) -> None:
-    """Write `episodes` successes to path, an .npz, and how many attempts they took. Starts: seeds from 4,000,000 on.
-
-    ValueError where the expert fails too often.
-    """
+    """`episodes` successes to path; manipulation.record_successes says how."""
     env = Robosuite(task, absolute, view)
-    rows, ends, seed = [], [], 4_000_000
-    while len(ends) < episodes:
-        if seed == 4_000_000 + 3 * episodes + 10:
-            raise ValueError(f"the expert succeeded in {len(ends)} of {3 * episodes + 10} episodes only; {episodes} are needed")
-        mine, success = episode(env, seed)
-        seed += 1
-        if success:
-            rows += mine
-            ends.append(len(rows))
+    record_successes(path, partial(episode, env), episodes)
     env.close()
-    arrays = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-    save_episodes(path, ends, {**arrays, "attempts": np.array(seed - 4_000_000)})

@@ -37,6 +37,7 @@ from benchmark import (  # not `import blockpush`: two of them have the name of 
     ppo_rivals,
     pusht,
     robomimic,
+    robot,
     scale,
     studies,
 )
@@ -110,6 +111,15 @@ TABLES: dict[str, Table] = {
     "pointcloud": of_rows(pointcloud, "benchmark/pointcloud.py", "task"),
     "robomimic": of_rows(robomimic, "benchmark/robomimic.py", "task"),
     "blockpush": of_rows(blockpush, "benchmark/blockpush.py", "who"),
+    "robot-times": Table(
+        robot.RESULTS.name, "benchmark/robot.py", ("what",), lambda: robot.times_table(record.read(robot.RESULTS))
+    ),
+    "robot-tasks": Table(
+        robot.RESULTS.name,
+        "benchmark/robot.py --train lift can transport",
+        ("what", "task"),
+        lambda: robot.tasks_table(record.read(robot.RESULTS)),
+    ),
     "latent-scale": of_json(latent_scale, "benchmark/latent_scale.py --ckpt PATH", latent_scale.table),
 }
 

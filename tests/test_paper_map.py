@@ -110,7 +110,7 @@ def test_every_command_of_the_readme_parses():
         parse(script, flags)
 
 
-@pytest.mark.parametrize("script", ["dbp_train", "dbpo_finetune", "evaluate"])
+@pytest.mark.parametrize("script", ["dbp_train", "dbpo_finetune", "evaluate", "robot_ur5"])
 def test_every_command_of_a_scripts_docstring_parses(script):
     docstring = ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text()))
     lines = (re.sub(r"(\S)\s{2,}.*", r"\1", line) for line in docstring.splitlines())  # command, two spaces, what it does
@@ -127,7 +127,7 @@ def test_the_parser_of_this_test_refuses_unknown_flags():
 
 # --- import directions ------------------------------------------------------------------------------------------------
 
-LEAVES = ["drift", "encoders", "pointcloud", "demos", "common", "vector"]
+LEAVES = ["drift", "encoders", "pointcloud", "demos", "common", "vector", "rotations"]
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     "manipulation": {"pointcloud"},
@@ -135,8 +135,14 @@ MAY_IMPORT = {
     "cubes": {"manipulation"},
     "blockpush": {"manipulation"},  # drawing, and the writer of recorded episodes
     "kitchen": {"manipulation"},
-    "robomimic_tasks": {"manipulation"},
-    "scripted": {"manipulation", "robomimic_tasks"},
+    "robomimic_tasks": {"manipulation", "rotations"},
+    "scripted": {"manipulation", "robomimic_tasks", "rotations"},
+    "ur5_motion": {"rotations"},
+    "ur5_twin": {"manipulation", "ur5_motion"},
+    "ur5_tasks": {"manipulation", "robomimic_tasks", "rotations", "ur5_motion", "ur5_twin"},
+    "ur5_devices": {"rotations", "ur5_motion"},
+    "ur5_times": {"ur5_motion"},
+    "robot_ur5": {"common", "encoders", "policy", "ur5_devices", "ur5_motion", "ur5_tasks", "ur5_times", "ur5_twin"},
     "envs": {
         "vector",
         "manipulation",
@@ -146,6 +152,7 @@ MAY_IMPORT = {
         "kitchen",
         "robomimic_tasks",
         "scripted",
+        "ur5_tasks",
     },  # the simulators behind the rows of its table
     "policy": {"encoders", "common"},  # common: our one departure from leaves that stand alone, for save and load
     "evaluate": {"encoders", "policy", "demos", "envs", "vector", "common"},

@@ -1,0 +1,674 @@
+"""A trained policy on two UR5 arms with three cameras, real or simulated: over 100 decisions per second, and safe.
+
+    python robot_ur5.py --sim                                               the scripted expert does Transport in the twin
+    python robot_ur5.py --sim --ckpt runs/ur5-lift/dbp.pt --episodes 10     a trained policy in the twin
+    python robot_ur5.py --sim --task lift --episodes 50 --record my.hdf5    demonstrations for dbp_train.py --demos my.hdf5
+    python robot_ur5.py --robot 10.0.0.2 10.0.0.3 --ckpt dbp.pt             dry run: looks at everything, moves nothing
+    python robot_ur5.py --robot 10.0.0.2 10.0.0.3 --ckpt dbp.pt --armed     the arms move
+
+FOR THE OPERATOR. Stand where you reach an emergency stop. The arms move only with --armed. Ctrl-C stops both; so does any fault,
+and the reason is the last line. Stops are never cleared from here: look for the cause, clear it at the teach pendant, start
+again. If this program dies, the controllers' watchdogs stop the arms. README has the whole procedure, and what these limits
+are not: a certified safety function. Set the safety limits of the controllers first.
+
+Two processes and one clock (monotonic, shared by both):
+
+    policy    newest pictures and states -> observation -> one network call -> way-points with times (Chunk), at its own rate
+    servo     every control period: newest way-points -> limits -> one command for each arm (ur5_motion.Pilot)
+
+A late or dead policy cannot stall the servo, which goes on along its way-points and stops when they are too old. A stage ends at
+
+    captured     the oldest thing that the observation holds, a picture's grabbing or a state's arrival
+    started      observation complete          encoded    through the encoders
+    ready        way-points in joints          sent       the first command after they arrived
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+
+import ur5_devices as devices
+from common import UserError, catch_signals, plain_errors, run_main, usable_device
+from encoders import kind
+from policy import Policy
+from ur5_motion import ARMS, LEVER, ArmState, Chunk, Fault, Limits, Patience, Pilot, frames, inverse, mounted, pose_of, tcp
+from ur5_tasks import EXPERTS, PIXELS, SCENES, STEP_S, EpisodeFile, Table, Twin, arm_observation
+from ur5_times import Stopwatch, plot, table_text
+from ur5_twin import BASES, CAMERAS
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    sim: bool = False  # run the twin
+    robot: tuple[str, str] | None = None  # run real arms: addresses of the left and the right one
+    armed: bool = False  # real arms: let them move; without it nothing is sent to them
+    ckpt: str = ""  # the policy, of dbp_train.py --env ur5-...; empty, with --sim: the scripted expert
+    task: Literal["lift", "can", "transport"] = "transport"  # what the scripted expert does
+    view: Literal["state", "image"] = "state"  # what a recording of the expert holds; image: three cameras
+    seconds: float = 60.0  # longest episode, s
+    episodes: int = 1  # one behind the other; twin only
+    seed: int = 100_000  # of the first start in the twin; the next episode has the next one
+    record: str = ""  # write the episodes to this .hdf5 (twin: those that succeed), for dbp_train.py --demos
+    out: str = "runs/robot"  # report.json, latency.png, twin.gif
+    window: bool = True  # twin: a window, where there is a display
+
+    policy_hz: float = 125.0  # decisions per second of a policy, at the most; the scripted expert takes 10
+    replan: float = 0.0  # s that the arms follow one chunk before they turn to the newest; 0: its executed prefix, as trained
+    device: str = "auto"  # of the network: auto (cuda where there is one), cpu, cuda
+    warmup: int = 30  # policy calls before anything moves
+    priority: int = 50  # of the servo process among real-time ones, 1 .. 99, where the system allows it; 0: ordinary
+
+    frequency: float = 500.0  # control periods per second: 500 on an e-Series, 125 on a CB3
+    servo: Literal["joints", "pose"] = "joints"  # real arms: servoJ, or servoL with the controller's own inverse kinematics
+    gain: float = 300.0  # of servoJ and servoL, 100 .. 2000
+    lookahead: float = 0.1  # s, of servoJ and servoL, 0.03 .. 0.2
+    gripper: Literal["robotiq", "none"] = "robotiq"  # real arms: a 2F-85 behind its URCap
+    cameras: tuple[str, ...] = ()  # real arms: name=source:number, as left_wrist=realsense:<serial> head=orbbec:<serial> x=v4l2:0
+    camera_size: tuple[int, int] = (640, 480)  # width and height that the cameras are asked for; the middle is shrunk
+    camera_hz: float = 30.0  # pictures per second and camera
+    left_base: tuple[float, float, float, float] = (0.0, 0.35, 0.0, 3.14159265)  # base in the cell: x, y, z in m, yaw in rad
+    right_base: tuple[float, float, float, float] = (0.0, -0.35, 0.0, 3.14159265)  # measure yours
+
+    left_box: tuple[float, ...] = (0.15, -0.25, 0.012, 0.75, 0.75, 0.7)  # workspace of the left hand, x y z low, x y z high, m
+    right_box: tuple[float, ...] = (0.15, -0.75, 0.012, 0.75, 0.25, 0.7)  # ... of the right one
+    joint_range: tuple[float, ...] = (6.2, 6.2, 3.1, 6.2, 6.2, 6.2)  # joints stay within +- this, rad
+    joint_speed: float = 2.0  # rad/s; a UR5e can 3.14
+    joint_acceleration: float = 12.0  # rad/s^2, of commands
+    tcp_speed: float = 0.8  # m/s, of each hand
+    step: float = 0.3  # rad, from a measured to its commanded joint
+    clearance: float = 0.03  # m, air between the arms
+    start: float = 0.35  # rad, from where the arms are to the first target
+    deceleration: float = 6.0  # m/s^2, of the hands when they stop
+    watchdog_hz: float = 10.0  # the controllers stop the arms when commands come less often; so does this program
+    stale_state: float = 0.1  # s, age at which an arm's state is too old
+    stale_camera: float = 0.3  # s, age at which a picture is too old
+    stale_policy: float = 0.3  # s, age at which what the policy last saw is too old
+
+
+def check(cfg: Config) -> None:
+    """Refuse settings that cannot work. Raises UserError, status 2."""
+    if cfg.sim == (cfg.robot is not None):
+        raise UserError("give either --sim or --robot LEFT RIGHT", 2)
+    if cfg.armed and cfg.sim:
+        raise UserError("--armed is for real arms; the twin needs no permission", 2)
+    if cfg.robot and not cfg.ckpt:
+        raise UserError("real arms need --ckpt; the scripted expert knows where objects are, which only the twin can tell", 2)
+    if cfg.robot and cfg.robot[0] == cfg.robot[1]:
+        raise UserError(f"--robot {cfg.robot[0]} is named twice; give the addresses of two arms", 2)
+    if cfg.robot and cfg.episodes != 1:
+        raise UserError("--episodes is for the twin; real arms do one episode, and somebody sets the table again", 2)
+    positive = (
+        "seconds",
+        "episodes",
+        "camera_hz",
+        "joint_speed",
+        "joint_acceleration",
+        "tcp_speed",
+        "step",
+        "clearance",
+        "start",
+    )
+    if not 0 <= cfg.replan < float("inf"):
+        raise UserError(f"--replan is {cfg.replan}; it must be a number of seconds from 0 on", 2)
+    for name in (*positive, "deceleration", "watchdog_hz", "stale_state", "stale_camera", "stale_policy"):
+        if not 0 < getattr(cfg, name) < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0", 2)
+    if not 1 <= cfg.policy_hz <= 1000 or cfg.warmup < 1 or not 0 <= cfg.priority <= 99:
+        raise UserError("--policy-hz must be 1 to 1000, --warmup at least 1, --priority 0 to 99", 2)
+    for name in ("left_box", "right_box", "joint_range"):
+        if len(getattr(cfg, name)) != 6:
+            raise UserError(f"--{name.replace('_', '-')} holds {len(getattr(cfg, name))} numbers; it must be 6", 2)
+    for box in (cfg.left_box, cfg.right_box):
+        if not (np.array(box[:3]) < box[3:]).all():
+            raise UserError(f"the workspace {box} is empty: its first three numbers must lie below its last three", 2)
+    if cfg.joint_speed > 3.1416:
+        raise UserError(f"--joint-speed is {cfg.joint_speed} rad/s; a UR5e cannot do more than 3.14", 2)
+    with plain_errors(2):
+        devices.ServoSettings(cfg.frequency, cfg.gain, cfg.lookahead)
+
+
+def limits_of(cfg: Config) -> Limits:
+    return Limits(
+        box_low=(cfg.left_box[:3], cfg.right_box[:3]),
+        box_high=(cfg.left_box[3:], cfg.right_box[3:]),
+        joint_low=tuple(-x for x in cfg.joint_range),
+        joint_high=cfg.joint_range,
+        joint_speed=cfg.joint_speed,
+        joint_acceleration=cfg.joint_acceleration,
+        joint_braking=0.7 * cfg.deceleration / LEVER,  # a servo lags, and so does the beginning of a stop
+        tcp_speed=cfg.tcp_speed,
+        step=cfg.step,
+        clearance=cfg.clearance,
+        start=cfg.start,
+    )
+
+
+def patience_of(cfg: Config) -> Patience:
+    return Patience(tick=1 / cfg.watchdog_hz, state=cfg.stale_state, policy=cfg.stale_policy)
+
+
+def bases_of(cfg: Config) -> np.ndarray:
+    """(2, 4, 4)"""
+    return BASES if cfg.sim else np.stack([mounted(*cfg.left_base), mounted(*cfg.right_base)])
+
+
+def read_policy(cfg: Config, device: torch.device | str = "cpu") -> Policy | None:
+    """The checkpoint, fit for these arms and cameras; None for the expert. Raises UserError where it is not."""
+    if not cfg.ckpt:
+        return None
+    policy = Policy.load(cfg.ckpt, device)
+    c = policy.config
+    arms = [name for name in ARMS if f"{name}_pos" in c.obs_shapes]
+    if not c.env.startswith("ur5-") or c.action_dim != 10 * len(arms) or not arms:
+        raise UserError(
+            f"{cfg.ckpt} was trained for {c.env}; these arms need a policy of dbp_train.py --env ur5-lift, ur5-can, ..."
+        )
+    if cfg.robot and "object" in c.obs_shapes:
+        raise UserError(f"{cfg.ckpt} was told where the object is, as only the twin can; train --env {c.env}-image for real arms")
+    wanted = {key.removesuffix("_image"): shape for key, shape in c.obs_shapes.items() if kind(shape) == "image"}
+    there = set(CAMERAS) if cfg.sim else {text.partition("=")[0] for text in cfg.cameras}
+    if set(wanted) != (there if cfg.robot else there & set(wanted)):
+        raise UserError(
+            f"{cfg.ckpt} was trained with the cameras {sorted(wanted)}; given are {sorted(there)} (--cameras name=source:number)"
+        )
+    if any(shape[0] != shape[1] for shape in wanted.values()):
+        raise UserError(f"{cfg.ckpt} was trained with pictures of {wanted}; only square ones can be had here")
+    return policy
+
+
+# --- what both processes see: a snapshot of the arms, and of the twin -----------------------------------------------------
+
+
+class Snapshot:
+    """Newest states of the arms (and the twin's coordinates) in shared memory. One writer, any readers, nobody waits.
+
+    The writer counts up before and after it writes; a reader that saw an odd or changed count reads again.
+    """
+
+    HEAD = 28  # count, time, q (12), qd (12), grip (2)
+
+    def __init__(self, memory):
+        """memory: a multiprocessing RawArray of doubles, HEAD + the twin's coordinates."""
+        self.values = np.frombuffer(memory, np.float64)
+
+    def write(self, now: float, states: list[ArmState], qpos: np.ndarray) -> None:
+        v = self.values
+        v[0] += 1
+        v[1], v[2:14], v[14:26] = now, np.concatenate([s.q for s in states]), np.concatenate([s.qd for s in states])
+        v[26:28], v[28:] = [s.grip for s in states], qpos
+        v[0] += 1
+
+    def read(self) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+        """time, q (2, 6), grip (2,), the twin's coordinates."""
+        while True:
+            before = self.values[0]
+            copy = self.values.copy()
+            if before % 2 == 0 and self.values[0] == before:
+                return float(copy[1]), copy[2:14].reshape(2, 6), copy[26:28], copy[28:]
+            time.sleep(0)
+
+    def wait(self, most: float = 0.02) -> None:
+        """Until the next write, at most so many seconds: a decision that begins with a new state is the fresher for it."""
+        before, until = self.values[0], time.monotonic() + most
+        while self.values[0] == before and time.monotonic() < until:
+            time.sleep(5e-5)
+
+
+class Mirror:
+    """The twin as the snapshot shows it, in another process or thread: for observations, the expert and pictures."""
+
+    def __init__(self, task: str, snapshot: Snapshot, camera: str = "", pixels: int = PIXELS):
+        self.table, self.snapshot, self.camera, self.pixels = Table(task), snapshot, camera, pixels
+
+    def update(self) -> float:
+        """Returns: the time of what it shows now."""
+        at, _, _, qpos = self.snapshot.read()
+        cell = self.table.cell
+        cell.data.qpos[:] = qpos
+        cell.mujoco.mj_forward(cell.model, cell.data)
+        return at
+
+    def picture(self) -> np.ndarray:
+        self.update()
+        return self.table.eye(self.camera, self.pixels).picture(self.table.cell.data)
+
+    def close(self) -> None:
+        self.table.close()
+
+
+# --- the policy's process -------------------------------------------------------------------------------------------------
+
+
+class Brain:
+    """Observation -> way-points. Lives in the policy's process."""
+
+    def __init__(self, cfg: Config, snapshot: Snapshot):
+        """Opens cameras and loads the policy. Raises ValueError, OSError, ImportError, UserError."""
+        self.cfg, self.snapshot, self.bases = cfg, snapshot, bases_of(cfg)
+        self.into_base = np.linalg.inv(self.bases)
+        self.policy = read_policy(cfg, usable_device(cfg.device))
+        self.task = self.policy.config.env.split("-")[1] if self.policy else cfg.task
+        self.arms = [i for i, name in enumerate(ARMS) if self.policy and f"{name}_pos" in self.policy.config.obs_shapes]
+        self.arms = self.arms or list(SCENES[self.task].arms)
+        self.mirror = Mirror(self.task, snapshot) if cfg.sim else None
+        self.cameras = [self.camera(name) for name in self.camera_names()]
+        self.generator = torch.Generator().manual_seed(cfg.seed)
+        self.encoded = 0.0
+        if self.policy:
+            self.policy.encoder.register_forward_hook(self.note_encoded)
+        self.begin()
+
+    def camera_names(self) -> list[str]:
+        if self.policy:
+            return [key.removesuffix("_image") for key, shape in self.policy.config.obs_shapes.items() if kind(shape) == "image"]
+        return list(CAMERAS) if self.cfg.view == "image" else []
+
+    def camera(self, name: str) -> devices.Camera:
+        cfg = self.cfg
+        side = self.policy.config.obs_shapes[f"{name}_image"][0] if self.policy else PIXELS
+        if cfg.sim:
+            source = devices.Rendered(lambda: Mirror(self.task, self.snapshot, name, side))
+            return devices.Camera(name, source, cfg.camera_hz, side)
+        text = next(text for text in cfg.cameras if text.startswith(f"{name}="))
+        word, _, number = text.partition("=")[2].partition(":")
+        if word not in devices.SOURCES:
+            raise ValueError(f"--cameras {text}: the source must be one of {', '.join(devices.SOURCES)}")
+        return devices.Camera(name, devices.SOURCES[word](number, cfg.camera_size), cfg.camera_hz, side, cfg.camera_size)
+
+    def note_encoded(self, *_) -> None:
+        if self.policy.normalize_action.center.is_cuda:
+            torch.cuda.synchronize()
+        self.encoded = time.monotonic()
+
+    def begin(self) -> None:
+        """A new episode: no past, and the arms that do not act stay where they are."""
+        self.past: collections.deque = collections.deque(maxlen=512)  # (time, observation) of the last decisions
+        self.rows: list[dict] = []
+        self.rest = self.snapshot.read()[1]
+
+    def look(self) -> tuple[dict[str, np.ndarray], float, float]:
+        """The newest observation, the time of the arms' states in it, and that of its oldest part."""
+        if self.mirror:
+            at = self.mirror.update()
+            obs = self.mirror.table.sense()
+            if self.cameras:
+                del obs["object"]
+        else:
+            at, q, grip, _ = self.snapshot.read()
+            hands = self.bases @ tcp(frames(q))
+            obs = {}
+            for i in self.arms:
+                obs |= {key: x.astype(np.float32) for key, x in arm_observation(ARMS[i], hands[i], grip[i]).items()}
+        now, oldest = time.monotonic(), at
+        for camera in self.cameras:
+            obs[f"{camera.name}_image"], taken = camera.read(now, self.cfg.stale_camera)
+            oldest = min(oldest, taken)
+        return obs, at, oldest
+
+    def history(self, obs: dict, now: float) -> dict[str, np.ndarray]:
+        """The last To observations, STEP_S apart as in the demonstrations, {key: (1, To, ...)}; the first one is repeated."""
+        self.past.append((now, obs))
+        steps = []
+        for back in range(self.policy.config.obs_steps - 1, 0, -1):
+            steps.append(min(self.past, key=lambda item: abs(item[0] - (now - back * STEP_S)))[1])
+        return {key: np.stack([step[key] for step in (*steps, obs)])[None] for key in self.policy.config.obs_shapes}
+
+    def decide(self) -> Chunk:
+        """One decision. Raises Fault where what it would look at is too old, ValueError where the hand cannot reach."""
+        obs, at, captured = self.look()
+        started = time.monotonic()
+        if self.policy:
+            actions = self.policy.act(self.history(obs, started), generator=self.generator)[0].cpu().numpy().astype(np.float64)
+        else:
+            self.encoded = started
+            actions = EXPERTS[self.task](self.mirror.table)[None]
+        times = at + STEP_S * (1 + np.arange(len(actions)))  # an action says where the hand that it saw shall be then
+        q_now = self.snapshot.read()[1]
+        q = np.repeat(self.rest[None], len(actions), 0)
+        grip = np.zeros((len(actions), 2))
+        for mine, i in zip(np.split(actions, len(self.arms), 1), self.arms, strict=True):
+            poses = self.into_base[i] @ pose_of(mine[:, :3], mine[:, 3:9])
+            q[:, i], grip[:, i] = inverse(poses, q_now[i]), mine[:, 9]
+        if not self.rows or started - self.rows[-1]["times"] >= STEP_S - 0.01:
+            when = {"times": np.float64(started), "captured": np.float64(captured)}
+            self.rows.append({**obs, **when, "actions": actions[0].astype(np.float32)})
+        return Chunk(captured, started, self.encoded, time.monotonic(), times, q, grip)
+
+    def close(self) -> None:
+        for camera in self.cameras:
+            camera.close()
+
+
+def think(connection, memory, cfg: Config) -> None:
+    """The policy's process. It hears "start", "end" (with whether to keep it), "quit"; it says "ready", "chunk", "error"."""
+    torch.set_num_threads(1)  # more of them would wait for each other longer than they work
+    brain = None
+    try:
+        try:
+            brain = Brain(cfg, Snapshot(memory))
+            file = EpisodeFile(Path(cfg.record)) if cfg.record else None
+            for _ in range(cfg.warmup):
+                brain.decide()
+            brain.begin()
+            real_time(cfg.priority - 1 if cfg.priority > 1 else 0)  # behind the servo
+            connection.send(("ready", None))
+        except (ValueError, OSError, ImportError, UserError, Fault) as error:
+            connection.send(("error", str(error)))
+            return
+        rate = cfg.policy_hz if brain.policy else 1 / STEP_S
+        running, due = False, 0.0
+        while True:
+            wait = max(0.0, due - time.monotonic()) if running else None
+            if connection.poll(wait):
+                word, keep = connection.recv()
+                if word == "quit":
+                    connection.send(("seconds", {camera.name: camera.seconds for camera in brain.cameras}))
+                    return
+                running = word == "start"
+                if running:
+                    brain.begin()
+                    connection.send(("started", None))  # chunks before this word belong to the past
+                elif keep and file:
+                    file.add(brain.rows)
+                    connection.send(("kept", file.count))
+                continue
+            if running:
+                due = max(due + 1 / rate, time.monotonic())
+                brain.snapshot.wait()
+                connection.send(("chunk", brain.decide()))
+    except (EOFError, BrokenPipeError):
+        return  # the servo process is gone, and with it everything to do
+    except Exception as error:  # whatever the policy does wrong, the servo must hear of it and stop
+        connection.send(("error", f"{type(error).__name__}: {error}"))
+    finally:
+        if brain:
+            brain.close()
+
+
+# --- the servo's side -----------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """The policy's process, seen from the servo's."""
+
+    def __init__(self, cfg: Config, memory):
+        context = multiprocessing.get_context("spawn")  # a fork would share CUDA and drawing contexts, which cannot be
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=think, args=(other, memory, cfg), daemon=True, name="policy")
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the servo's to hear
+        self.process.start()
+        signal.signal(signal.SIGINT, before)
+        other.close()
+
+    def wait(self, word: str, seconds: float) -> object:
+        """What comes with that word, others skipped. Raises UserError for an error, a death or silence."""
+        until = time.monotonic() + seconds
+        try:
+            while self.connection.poll(max(0.0, until - time.monotonic())):
+                got, what = self.connection.recv()
+                if got == "error":
+                    raise UserError(str(what))
+                if got == word:
+                    return what
+        except (EOFError, ConnectionError) as error:
+            raise UserError("the policy's process died; see its output above") from error
+        raise UserError(f"the policy's process said nothing for {seconds:.0f} s")
+
+    def send(self, word: str, keep: bool = False) -> None:
+        try:
+            self.connection.send((word, keep))
+        except (BrokenPipeError, ConnectionError) as error:
+            raise Fault("the policy's process died") from error
+
+    def start(self) -> None:
+        """A new episode; what belongs to the last one is thrown away. Raises Fault where the policy does not answer."""
+        self.send("start")
+        try:
+            self.wait("started", 5.0)
+        except UserError as error:
+            raise Fault(f"the policy does not start: {error}") from error
+
+    def chunks(self) -> list[Chunk]:
+        """Those that came since the last call. Raises Fault where the policy failed or died."""
+        found = []
+        try:
+            while self.connection.poll():
+                word, what = self.connection.recv()
+                if word == "error":
+                    raise Fault(f"the policy failed: {what}")
+                if word == "chunk":
+                    found.append(what)
+        except (EOFError, ConnectionError) as error:
+            raise Fault("the policy's process died") from error
+        return found
+
+    def close(self) -> dict[str, list[float]]:
+        """Returns: seconds per picture, by camera."""
+        try:
+            self.send("quit")
+            seconds = self.wait("seconds", 5.0)
+        except (Fault, UserError):
+            seconds = {}
+        self.process.join(5.0)
+        if self.process.is_alive():
+            self.process.terminate()
+        return seconds
+
+
+def stop_together(arms: list, deceleration: float, seconds: float = 1.0) -> list[str]:
+    """Stop both arms at once: each from a thread of its own, since a controller that hangs blocks whoever talks to it.
+
+    Returns: what went wrong, in words. An arm that did not answer is left to its watchdog, which nobody kicks any more.
+    """
+    problems: list[str] = []
+
+    def stop(name: str, arm) -> None:
+        try:
+            arm.stop(deceleration)
+        except Exception as error:  # a stop that fails must not keep the other arm from stopping
+            problems.append(f"the {name} arm did not take the stop: {error}")
+
+    threads = [threading.Thread(target=stop, args=pair, daemon=True) for pair in zip(ARMS, arms, strict=True)]
+    for thread in threads:
+        thread.start()
+    for name, thread in zip(ARMS, threads, strict=True):
+        thread.join(seconds)
+        if thread.is_alive():
+            problems.append(f"the {name} arm did not answer the stop; its watchdog has to stop it")
+    return problems
+
+
+def fly(
+    cfg: Config,
+    arms: list,
+    worker: Worker,
+    snapshot: Snapshot,
+    watch: Stopwatch,
+    twin: Twin | None,
+    signals: list[int],
+    replan: float,
+) -> str:
+    """One episode. Returns why it ended. Raises Fault. Whatever happens, the last thing that the arms are sent is a stop."""
+    period, bases = watch.period, bases_of(cfg)
+    pilot = Pilot(limits_of(cfg), bases, period, patience_of(cfg), replan, time.monotonic(), [arm.state() for arm in arms])
+    moving = cfg.sim or cfg.armed
+    try:
+        if moving:
+            for arm in arms:
+                arm.set_watchdog(cfg.watchdog_hz)
+        worker.start()
+        began = due = pilot.last = pilot.captured = time.monotonic()
+        while True:
+            due += period
+            pause = due - time.monotonic()
+            if pause > 0:
+                time.sleep(pause)
+            now = time.monotonic()
+            if now - due > period:  # late by whole periods: they are counted, and not made up for
+                skipped = int((now - due) / period)
+                watch.missed += skipped
+                due += skipped * period
+            watch.ticks.append(now)
+            if signals:
+                return "stopped by the operator"
+            if now - began > cfg.seconds:
+                return "time is up"
+            states = [arm.state() for arm in arms]
+            snapshot.write(now, states, twin.cell.data.qpos if twin else np.zeros(0))  # first: the policy waits for it
+            for chunk in worker.chunks():
+                pilot.take(now, chunk)
+                watch.took(chunk)
+                if not moving:  # nothing will follow the way-points, so each is looked at now
+                    for q in chunk.q:
+                        pilot.limits.check(q, bases, "a way-point of the policy")
+            command = pilot.tick(now, states)
+            if not moving:
+                pilot.hold(now)
+            for arm, row in zip(arms, command, strict=True) if moving else ():
+                if not pilot.chunks:
+                    arm.kick_watchdog()  # nothing to do yet
+                    continue
+                if cfg.servo == "pose":
+                    arm.servo_pose(tcp(frames(row[:6])))
+                else:
+                    arm.servo_joints(row[:6])
+                arm.grip(row[6])
+            watch.sent(time.monotonic())
+            ended = twin.advance(now) if twin else ""
+            watch.work.append(time.monotonic() - now)
+            if ended:
+                return ended
+    finally:
+        watch.dropped += pilot.dropped
+        impatience = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the stop
+        for problem in stop_together(arms, cfg.deceleration) if moving else []:
+            print(problem, file=sys.stderr)
+        signal.signal(signal.SIGINT, impatience)
+
+
+def real_time(priority: int) -> str:
+    """Put this process before others, where the system allows it. Returns: how it runs, in words."""
+    if priority and hasattr(os, "sched_setscheduler"):
+        try:
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+        except OSError:
+            return "ordinary priority (real-time priority is not allowed here; see README)"
+        return f"real-time priority {priority}"
+    return "ordinary priority"
+
+
+def main() -> None:
+    # ---- config -----------------------------------------------------------------------------------------------------
+    cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
+    check(cfg)
+    policy = read_policy(cfg)
+    task = policy.config.env.split("-")[1] if policy else cfg.task
+    out = Path(cfg.out)
+
+    # ---- arms, twin, policy -----------------------------------------------------------------------------------------
+    twin = None
+    with plain_errors():
+        if cfg.sim:
+            twin = Twin(task, cfg.window)
+            twin.reset(cfg.seed)
+            arms = twin.cell.arms
+        else:
+            servo = devices.ServoSettings(cfg.frequency, cfg.gain, cfg.lookahead)
+            arms = [devices.UR5Arm(host, cfg.armed, servo, cfg.gripper) for host in cfg.robot]
+    signals = catch_signals()
+    coordinates = twin.cell.data.qpos if twin else np.zeros(0)
+    memory = multiprocessing.get_context("spawn").RawArray("d", Snapshot.HEAD + len(coordinates))
+    snapshot, watch = Snapshot(memory), Stopwatch(1 / cfg.frequency)
+    states = [arm.state() for arm in arms]
+    try:
+        limits_of(cfg).check(np.stack([state.q for state in states]), bases_of(cfg), "where the arms are now")
+    except Fault as fault:
+        raise UserError(f"{fault}. Move the arms, or widen the limits") from fault
+    snapshot.write(time.monotonic(), states, coordinates)
+    worker = Worker(cfg, memory)
+    body = "the twin" if cfg.sim else "real arms" if cfg.armed else "real arms, DRY RUN: nothing is sent to them"
+    print(f"{task} on {body}: {cfg.ckpt or 'the scripted expert'}; waiting for the policy to warm up", flush=True)
+    # A hundred ever so slightly different plans per second, each followed for its first hundredth, would never get to what comes
+    # later in them: a plan that begins with waiting would wait for ever. So the arms follow one for as long as in training.
+    replan = cfg.replan or (policy.config.action_steps * STEP_S if policy else 0.0)
+    endings, fault = [], None
+    try:
+        warm(worker, arms, snapshot, coordinates, signals)
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # a collection takes longer than a period
+        print(f"servo at {cfg.frequency:g} Hz, {real_time(cfg.priority)}; Ctrl-C stops both arms", flush=True)
+
+        # ---- loop ---------------------------------------------------------------------------------------------------
+        for episode in range(cfg.episodes):
+            if twin:
+                twin.reset(cfg.seed + episode)
+                snapshot.write(time.monotonic(), [arm.state() for arm in arms], coordinates)
+            endings.append(fly(cfg, arms, worker, snapshot, watch, twin, signals, replan))
+            worker.send("end", keep=not twin or endings[-1] == "success")
+            print(f"episode {episode + 1}: {endings[-1]}", flush=True)
+            if signals:
+                break
+    except Fault as error:
+        fault = error
+    finally:
+        gc.enable()
+        if cfg.priority and hasattr(os, "sched_setscheduler"):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # what follows may wait
+        if twin:
+            speed = twin.settle()
+            print(f"the twin's arms stand still (fastest joint {speed:.3f} rad/s)")
+        seconds = worker.close()
+
+    # ---- report -----------------------------------------------------------------------------------------------------
+    report = {"task": task, "endings": endings, "fault": str(fault or ""), **watch.report(seconds)}
+    print(table_text(report))
+    with plain_errors():
+        plot(watch, out / "latency.png")
+        (out / "report.json").write_text(json.dumps(report) + "\n")
+        if twin and twin.film:
+            twin.write_film(out / "twin.gif")
+    if twin:
+        twin.close()
+    print(f"{endings.count('success')} of {len(endings)} episodes succeeded; see {out}" if twin else f"see {out}")
+    if cfg.robot and fault:
+        print(f"error: stopped: {fault}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(3)  # the ordinary way out closes connections, which waits for a controller that may hang
+    for arm in arms if cfg.robot else ():
+        arm.close()
+    if fault:
+        raise UserError(f"stopped: {fault}", 3)
+    if signals:
+        sys.exit(128 + signals[0])
+
+
+def warm(
+    worker: Worker, arms: list, snapshot: Snapshot, coordinates: np.ndarray, signals: list[int], seconds: float = 180.0
+) -> None:
+    """Until the policy is ready, with states that stay fresh. Raises UserError where it fails or takes longer."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not worker.connection.poll(0.01):
+        if signals:
+            raise KeyboardInterrupt
+        snapshot.write(time.monotonic(), [arm.state() for arm in arms], coordinates)
+    worker.wait("ready", 0.0)
+
+
+if __name__ == "__main__":
+    run_main(main)
