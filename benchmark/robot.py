@@ -97,10 +97,11 @@ def times_table(rows: list[dict]) -> str:
     rows = [row for row in rows if row["what"] == "times"]
     for policy in dict.fromkeys(row["policy"] for row in rows):
         *before, row = [row for row in rows if row["policy"] == policy]
-        earlier = ", ".join(f"{100 * old['missed_share']:.2f}" for old in before)
+        missed = ", ".join(f"{100 * old['missed_share']:.2f}" for old in before)
+        earlier = f" (before: {missed})" if before else ""
         after, whole = (row["latency_ms"][name] for name in ("after capture", "end to end"))
         lines.append(
-            f"| {policy} | {row['servo_hz']:.1f} Hz | {100 * row['missed_share']:.2f} %{f' (before: {earlier})' if before else ''} | "
+            f"| {policy} | {row['servo_hz']:.1f} Hz | {100 * row['missed_share']:.2f} %{earlier} | "
             f"{row['policy_hz']:.1f} | {after[0]:.1f} / {after[2]:.1f} ms | {whole[0]:.1f} / {whole[2]:.1f} ms | {row['load']} |"
         )
     return "\n".join(lines)
