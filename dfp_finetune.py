@@ -91,6 +91,7 @@ class Config:
     proposals: int = 16  # N; published: 16
     positives: int = 4  # K; published: 4, on RoboMimic 2
     topk_weight: float = 0.5  # lambda; published: 0.5. Of the value's term where --method is gradient
+    latent_scale: float = 0.25  # std of the latents of proposals and candidates; DEPARTS published: 1, see `Learner.latents`
     candidates: int = 8  # N', of acting and of the critic's target; published: 16, on RoboMimic 4
     old_rate: float = 1e-4  # pi_old follows the actor by so much per update; published: 1e-4
     target_rate: float = 5e-3  # the critic's slow copy, likewise; published: 0.005
@@ -119,6 +120,7 @@ PRESETS: dict[str, dict] = {
         "backbone": "plain",
         "width": 512,
         "depth": 4,
+        "latent_scale": 1.0,
         "batch_size": 256,
         "hypotheses": 8,
         "critic_trunk": 0,
@@ -305,18 +307,23 @@ class Learner:
             for module in (policy.backbone, self.critic, self.target_critic, self.old):
                 module.compile()
 
-    def latents(self, number: int, generator: torch.Generator) -> Tensor:
+    def latents(self, number: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+        """(B, number, h, Da), with std `scale`: 1 for the samples that are trained, less for those that the critics judge.
+
+        DEPARTS from 1 there: the rare samples far from all data are those of which the critics know least, and the more
+        candidates there are, the surer the best of them is one of these (README).
+        """
         shape = (self.cfg.batch_size, number, *self.shape)
-        return torch.randn(shape, generator=generator).to(self.policy.normalize_action.center.device)
+        return scale * torch.randn(shape, generator=generator).to(self.policy.normalize_action.center.device)
 
     def next_value(self, cond: Tensor, generator: torch.Generator) -> Tensor:
         """What the best of N' samples is worth by the slow critics: mean of both. cond (B, C) -> (B,)."""
-        chosen = best_of(*self.policy.propose(cond, self.latents(self.cfg.candidates, generator)))
+        chosen = best_of(*self.policy.propose(cond, self.latents(self.cfg.candidates, generator, self.cfg.latent_scale)))
         return self.target_critic(cond, chosen.unsqueeze(1)).mean(0)[:, 0]
 
     def proposals(self, cond: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """N chunks of pi_old (B, N, h, Da), and the critics' mean of each (B, N)."""
-        chunks = self.old(self.latents(self.cfg.proposals, generator), cond).clamp(-1, 1)
+        chunks = self.old(self.latents(self.cfg.proposals, generator, self.cfg.latent_scale), cond).clamp(-1, 1)
         return chunks, self.critic(cond, chunks).mean(0)
 
     def update(self, batch: tuple[Tensor, ...], online: bool, generator: torch.Generator) -> dict[str, Tensor]:
@@ -379,7 +386,7 @@ def check(cfg: Config) -> None:
     for names, holds, text in (
         (at_least_1, lambda x: x >= 1, "at least 1"),
         (("online_steps", "start_after", "threads", "seed", "critic_trunk"), lambda x: 0 <= x < 2**63, "a number from 0 on"),
-        (("lr",), lambda x: 0 < x < math.inf, "above 0"),
+        (("lr", "latent_scale"), lambda x: 0 < x < math.inf, "above 0"),
         (("topk_weight",), lambda x: 0 <= x < math.inf, "a number from 0 on"),
         (("gamma", "old_rate", "target_rate"), lambda x: 0 <= x <= 1, "between 0 and 1"),
         (("candidates",), lambda x: x >= 2, "at least 2: the critic picks one of them"),
@@ -414,7 +421,9 @@ def offline_data(cfg: Config, task: envs.Task) -> tuple[demos.Demos, np.ndarray,
 
 def make_policy(cfg: Config, task: envs.Task, data: demos.Demos) -> Policy:
     """A new one, or that of stage 1, and a critic."""
-    settings = {name: getattr(cfg, name) for name in ("candidates", "critic_trunk", "critic_width", "critic_depth")}
+    settings = {
+        name: getattr(cfg, name) for name in ("candidates", "latent_scale", "critic_trunk", "critic_width", "critic_depth")
+    }
     if cfg.ckpt:
         start = Policy.load(cfg.ckpt)
         c = start.config
@@ -425,7 +434,7 @@ def make_policy(cfg: Config, task: envs.Task, data: demos.Demos) -> Policy:
                 f"--ckpt {cfg.ckpt} does not fit: {', '.join(differ)}. Here chunks run to their end and To is 1; "
                 f"train with --obs-steps 1 --horizon {cfg.horizon} --action-steps {cfg.horizon}"
             )
-        policy = Policy(dataclasses.replace(c, latent_scale=1.0, **settings))
+        policy = Policy(dataclasses.replace(c, **settings))
         policy.load_state_dict({**policy.state_dict(), **start.state_dict()})
         return policy
     policy = Policy(

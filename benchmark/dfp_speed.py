@@ -50,13 +50,13 @@ class Straightforward(dfp.Learner):
         return torch.stack(columns, 1)
 
     def next_value(self, cond: Tensor, generator: torch.Generator) -> Tensor:
-        z = self.latents(self.cfg.candidates, generator)
+        z = self.latents(self.cfg.candidates, generator, self.cfg.latent_scale)
         chunks = torch.cat([self.policy.backbone(z[:, n : n + 1], cond).clamp(-1, 1) for n in range(z.shape[1])], 1)
         chosen = best_of(chunks, self.each(self.critic, cond, chunks))
         return self.each(self.target_critic, cond, chosen.unsqueeze(1))[:, 0]
 
     def proposals(self, cond: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        z = self.latents(self.cfg.proposals, generator)
+        z = self.latents(self.cfg.proposals, generator, self.cfg.latent_scale)
         chunks = torch.cat([self.old(z[:, n : n + 1], cond).clamp(-1, 1) for n in range(z.shape[1])], 1)
         return chunks, self.each(self.critic, cond, chunks)
 
