@@ -2,17 +2,21 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
+import h5py
 import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_MLP
-from test_cli import assert_refused, flags, metrics, run, same, start
+from test_cli import flags, metrics, run, same, start
 from test_evaluate import CONTRACT
 
-from common import load_checkpoint
+from common import load_checkpoint, run_main
+from dfp_finetune import main
 from policy import Policy, PolicyConfig
 
 SCRIPT = str(ROOT / "dfp_finetune.py")
@@ -109,7 +113,8 @@ def test_kill_and_resume_give_the_uninterrupted_run_bit_for_bit(until, whole, wo
 
 @pytest.mark.parametrize("method", ["best-of-n", "random-k", "gradient"])
 def test_the_rivals_run_on_the_same_path(method, work, pusht_npz):
-    done = run(*improve(pusht_npz, out=method, method=method, ckpt="fits.pt"), cwd=work)
+    budget = {"offline_steps": 5, "online_steps": 15, "start_after": 5}
+    done = run(*improve(pusht_npz, out=method, method=method, ckpt="fits.pt", **budget), cwd=work)
     assert done.returncode == 0, done.stderr
     assert json.loads((work / method / "result.json").read_text().splitlines()[-1])["method"] == method
 
@@ -127,14 +132,16 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("case", range(len(REFUSED)))
-def test_bad_input_is_refused_in_one_line(case, work, pusht_npz):
-    change, status, text = REFUSED[case]
+def test_bad_input_is_refused_in_one_line(case, work, pusht_npz, monkeypatch, capsys):
+    change, status, words = REFUSED[case]
+    monkeypatch.chdir(work)
     if change.get("demos") == "rewards.hdf5":
-        import h5py
-        import numpy as np
-
-        with h5py.File(work / "rewards.hdf5", "w") as file:
+        with h5py.File("rewards.hdf5", "w") as file:
             for name, array in (("observations", np.zeros((9, 11))), ("actions", np.zeros((9, 3))), ("rewards", np.zeros(9))):
                 file[name] = array
             file["terminals"], file["timeouts"] = np.arange(9) == 8, np.zeros(9, bool)
-    assert_refused(run(*improve(pusht_npz, **change, out="refused"), cwd=work), status, text)
+    monkeypatch.setattr(sys, "argv", improve(pusht_npz, **change, out="refused"))
+    with pytest.raises(SystemExit) as left:
+        run_main(main)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert left.value.code == status and message.startswith("error: ") and words in message
