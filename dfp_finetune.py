@@ -91,7 +91,7 @@ class Config:
     proposals: int = 16  # N; published: 16
     positives: int = 4  # K; published: 4, on RoboMimic 2
     topk_weight: float = 0.5  # lambda; published: 0.5. Of the value's term where --method is gradient
-    latent_scale: float = 0.25  # std of the latents of proposals and candidates; DEPARTS published: 1, see `Learner.latents`
+    latent_scale: float = 0.25  # std of the latents of proposals, and when acting; DEPARTS published: 1, see `Learner.latents`
     candidates: int = 8  # N', of acting and of the critic's target; published: 16, on RoboMimic 4
     old_rate: float = 1e-4  # pi_old follows the actor by so much per update; published: 1e-4
     target_rate: float = 5e-3  # the critic's slow copy, likewise; published: 0.005
@@ -308,17 +308,18 @@ class Learner:
                 module.compile()
 
     def latents(self, number: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
-        """(B, number, h, Da), with std `scale`: 1 for the samples that are trained, less for those that the critics judge.
+        """(B, number, h, Da), with std `scale`: 1 for the samples that are trained and for the critics' target.
 
-        DEPARTS from 1 there: the rare samples far from all data are those of which the critics know least, and the more
-        candidates there are, the surer the best of them is one of these (README).
+        DEPARTS from 1 for proposals and when acting: the rare samples far from all data are those of which the critics know
+        least, and the more candidates there are, the surer the best of them is one of these (README). In the target they stay:
+        near the middle of the samples the best of them is what the data do, and play does nothing that it values.
         """
         shape = (self.cfg.batch_size, number, *self.shape)
         return scale * torch.randn(shape, generator=generator).to(self.policy.normalize_action.center.device)
 
     def next_value(self, cond: Tensor, generator: torch.Generator) -> Tensor:
         """What the best of N' samples is worth by the slow critics: mean of both. cond (B, C) -> (B,)."""
-        chosen = best_of(*self.policy.propose(cond, self.latents(self.cfg.candidates, generator, self.cfg.latent_scale)))
+        chosen = best_of(*self.policy.propose(cond, self.latents(self.cfg.candidates, generator)))
         return self.target_critic(cond, chosen.unsqueeze(1)).mean(0)[:, 0]
 
     def proposals(self, cond: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

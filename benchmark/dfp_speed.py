@@ -50,7 +50,7 @@ class Straightforward(dfp.Learner):
         return torch.stack(columns, 1)
 
     def next_value(self, cond: Tensor, generator: torch.Generator) -> Tensor:
-        z = self.latents(self.cfg.candidates, generator, self.cfg.latent_scale)
+        z = self.latents(self.cfg.candidates, generator)
         chunks = torch.cat([self.policy.backbone(z[:, n : n + 1], cond).clamp(-1, 1) for n in range(z.shape[1])], 1)
         chosen = best_of(chunks, self.each(self.critic, cond, chunks))
         return self.each(self.target_critic, cond, chosen.unsqueeze(1))[:, 0]
