@@ -652,7 +652,7 @@ def main() -> None:
                     policy, task, list(range(evaluate.REPORT_SEED, evaluate.REPORT_SEED + cfg.report_episodes))
                 )
                 offline_line = {"offline_score": round(float(results["score"].mean()), 4), "offline_wall_s": round(wall(), 1)}
-            if row["score"] >= best or (step > cfg.offline_steps and best == -math.inf):
+            if row["score"] >= best:
                 best = row["score"]  # of equal ones the later: more of the critic's choices have gone into it
                 policy.save(out / "dfp.pt")
             shown["score"] = f"{evaluate.number_text(row['score'])} (best {evaluate.number_text(best)})"
