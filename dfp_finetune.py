@@ -221,7 +221,8 @@ class ReplayBuffer:
         self.ends: list[int] = []
 
     def add(self, obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, ends: np.ndarray) -> None:
-        """Whole episodes: obs (N, F), actions (N, Da) normalised, rewards (N,), terminated (N,) bool, ends as in n_step.
+        """Whole episodes: obs (N, C) as `condition` gives it, actions (N, Da) normalised, rewards (N,), terminated (N,) bool,
+        ends as in n_step.
 
         Raises: ValueError for rewards that are not finite, and more steps than there is room for.
         """
@@ -248,7 +249,7 @@ class ReplayBuffer:
         self.ends += [first + int(end) for end in ends]
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """obs (B, F), chunk (B, h, Da), returns (B,), alive (B,), obs after the chunk (B, F); all draws with equal chance."""
+        """cond (B, C), chunk (B, h, Da), returns (B,), alive (B,), cond after the chunk (B, C); all with equal chance."""
         t = self.starts[torch.randint(self.chunks, (batch,), generator=generator)].to(self.device)
         chunk = self.actions[t.unsqueeze(1) + torch.arange(self.horizon, device=self.device)]
         following = (t + self.horizon).clamp(max=self.size - 1)  # where nothing follows, alive is 0 and any row will do
@@ -302,7 +303,6 @@ class Learner:
         self.actor_optimizer = torch.optim.Adam(self.actor_weights, lr=cfg.lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=cfg.lr, fused=True)
         self.shape = cfg.horizon, policy.config.action_dim  # of a chunk
-        (self.key,) = policy.config.obs_shapes
         if cfg.compile:
             for module in (policy.backbone, self.critic, self.target_critic, self.old):
                 module.compile()
@@ -329,8 +329,7 @@ class Learner:
 
     def update(self, batch: tuple[Tensor, ...], online: bool, generator: torch.Generator) -> dict[str, Tensor]:
         """One step of the critics, of their slow copy, of the actor and, online, of pi_old. batch: see ReplayBuffer.sample."""
-        cfg, (obs, chunk, returns, alive, following) = self.cfg, batch
-        cond, next_cond = self.policy.normalize_obs[self.key](torch.stack([obs, following]))  # each (B, C)
+        cfg, (cond, chunk, returns, alive, next_cond) = self.cfg, batch
 
         # Critics.
         with torch.no_grad():
@@ -458,6 +457,13 @@ def make_policy(cfg: Config, task: envs.Task, data: demos.Demos) -> Policy:
     return policy
 
 
+@torch.no_grad()
+def condition(policy: Policy, obs: dict[str, np.ndarray]) -> np.ndarray:
+    """What the networks see of states, which nothing encodes: normalised, one after the other. {key: (N, *shape)} -> (N, C)."""
+    device = policy.normalize_action.center.device
+    return policy.encode({key: torch.from_numpy(value).to(device).unsqueeze(1) for key, value in obs.items()}).cpu().numpy()
+
+
 def plot_curves(log: RunLog, task: envs.Task, offline_steps: int, path: Path) -> None:
     """Evaluations and training episodes; critic; drift. The offline phase is shaded."""
     import matplotlib
@@ -504,9 +510,8 @@ def main() -> None:
     # ---- data and environments --------------------------------------------------------------------------------------
     with plain_errors(2):
         task = envs.get_task(cfg.env)
-        if list(map(kind, task.obs_shapes.values())) != ["state"]:
-            raise ValueError(f"{cfg.env} has the observations {task.obs_shapes}; dfp_finetune.py takes tasks with one state")
-    (key,) = task.obs_shapes
+        if set(map(kind, task.obs_shapes.values())) != {"state"}:
+            raise ValueError(f"{cfg.env} has the observations {task.obs_shapes}; dfp_finetune.py takes tasks with states alone")
     with plain_errors():
         data, rewards, terminated = offline_data(cfg, task)
         task.check(1)
@@ -529,11 +534,10 @@ def main() -> None:
             cfg.gamma,
             device,
         )
-        actions = policy.normalize_action.cpu()(torch.from_numpy(data.actions)).numpy()
-        buffer.add(data.obs[key].reshape(len(rewards), -1), actions, rewards, terminated, data.episode_ends)
+        actions = policy.normalize_action(torch.from_numpy(data.actions).to(device)).cpu().numpy()
+        buffer.add(condition(policy, data.obs), actions, rewards, terminated, data.episode_ends)
         if not buffer.chunks:
             raise ValueError(f"{data.source}: no episode is as long as a chunk of {cfg.horizon} steps")
-    policy.to(device)
     offline_rows, recorder = buffer.size, Recorder(cfg.num_envs)
     actor, critics = (sum(p.numel() for p in part.parameters()) for part in (policy.backbone, policy.critic))
     print(
@@ -611,18 +615,20 @@ def main() -> None:
                 learner.old.load_state_dict(policy.backbone.state_dict())  # pi_old starts as the actor
             # Collect: every chunk runs to its end; a new one follows, or the next episode.
             deciding = [i for i, mine in enumerate(recorder.rows) if len(mine) % cfg.horizon == 0]
-            observation = episodes.obs[key].copy()
+            observation = {key: value.copy() for key, value in episodes.obs.items()}
             if deciding:
-                plans[deciding] = policy.act({key: observation[deciding]}, generator=generator).cpu().numpy()
+                seen = {key: value[deciding] for key, value in observation.items()}
+                plans[deciding] = policy.act(seen, generator=generator).cpu().numpy()
             at = [len(mine) % cfg.horizon for mine in recorder.rows]
             acted = plans[np.arange(cfg.num_envs), at]  #                          (N, Da)
             final, reward, over, late, info = episodes.step(acted[:, None])
             reward = reward if task.demo_rewards is not None else info["success"] - 1.0
+            before, after = (condition(policy, {key: value[:, 0] for key, value in obs.items()}) for obs in (observation, final))
             normalised = policy.normalize_action(torch.from_numpy(acted).to(device)).cpu().numpy()
             for i in range(cfg.num_envs):
-                recorder.note(i, observation[i].reshape(-1), normalised[i], float(reward[i]), bool(over[i]))
+                recorder.note(i, before[i], normalised[i], float(reward[i]), bool(over[i]))
                 if over[i] or late[i]:
-                    recorder.finish(i, final[key][i].reshape(-1), buffer)
+                    recorder.finish(i, after[i], buffer)
                     successes.append(float(info["success"][i]))
             step += cfg.num_envs
             learning = step - cfg.offline_steps > cfg.start_after

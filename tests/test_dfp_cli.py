@@ -123,7 +123,7 @@ REFUSED = [
     ({"positives": 5}, 2, "K of N = 4"),
     ({"candidates": 1}, 2, "at least 2"),
     ({"temperatures": 0.0}, 2, "each must be above 0"),
-    ({"env": "pusht-image"}, 2, "takes tasks with one state"),
+    ({"env": "pusht-image"}, 2, "takes tasks with states alone"),
     ({"ckpt": "longer.pt"}, 1, "obs_steps 2 (here 1), horizon 16 (here 5)"),
     ({"ckpt": "none.pt"}, 1, "no checkpoint"),
     ({"horizon": 90}, 1, "no episode is as long as a chunk of 90 steps"),
