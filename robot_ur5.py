@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import faulthandler
 import gc
 import json
 import multiprocessing
@@ -493,6 +494,14 @@ def stop_together(arms: list, deceleration: float, seconds: float = 1.0) -> list
     return problems
 
 
+def end_unless_called_again(seconds: float) -> None:
+    """A dead man's switch: unless this is called again, or cancelled, within so many seconds, the process ends, and prints where
+    it was. ur_rtde holds Python's lock while it waits for a controller that does not answer; the arms stand by then (watchdogs),
+    and the operator shall hear of it.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+
+
 def fly(
     cfg: Config,
     arms: list,
@@ -507,6 +516,9 @@ def fly(
     period, bases = watch.period, bases_of(cfg)
     pilot = Pilot(limits_of(cfg), bases, period, patience_of(cfg), replan, time.monotonic(), [arm.state() for arm in arms])
     moving = cfg.sim or cfg.armed
+    switched = 0.0
+    if cfg.robot:
+        end_unless_called_again(10.0)
     try:
         if moving:
             for arm in arms:
@@ -524,6 +536,9 @@ def fly(
                 watch.missed += skipped
                 due += skipped * period
             watch.ticks.append(now)
+            if cfg.robot and now - switched > 0.5:
+                switched = now
+                end_unless_called_again(3.0)
             if signals:
                 return "stopped by the operator"
             if now - began > cfg.seconds:
@@ -555,6 +570,8 @@ def fly(
                 return ended
     finally:
         watch.dropped += pilot.dropped
+        if cfg.robot:
+            end_unless_called_again(60.0)  # enough for the stop, the report and closing
         impatience = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the stop
         for problem in stop_together(arms, cfg.deceleration) if moving else []:
             print(problem, file=sys.stderr)
@@ -652,6 +669,7 @@ def main() -> None:
         os._exit(3)  # the ordinary way out closes connections, which waits for a controller that may hang
     for arm in arms if cfg.robot else ():
         arm.close()
+    faulthandler.cancel_dump_traceback_later()
     if fault:
         raise UserError(f"stopped: {fault}", 3)
     if signals:

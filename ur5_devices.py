@@ -94,7 +94,7 @@ class UR5Arm:
         """The target of the next period, (6,) rad. Raises Fault where the controller does not take it."""
         period, lookahead, gain = 1 / self.servo.frequency, self.servo.lookahead, self.servo.gain
         if not self.control.servoJ(q.tolist(), 0.0, 0.0, period, lookahead, gain):
-            raise Fault(f"{self.host} did not take a servoJ")
+            raise Fault(f"the arm at {self.host} did not take a servoJ ({self.state().fault or 'it does not say why'})")
 
     def servo_pose(self, pose: np.ndarray) -> None:
         """The same for a pose (4, 4) of the tool centre in the arm's base; the controller solves for the joints.
@@ -104,7 +104,7 @@ class UR5Arm:
         target = [*pose[:3, 3].tolist(), *vector(pose[:3, :3]).tolist()]
         period, lookahead, gain = 1 / self.servo.frequency, self.servo.lookahead, self.servo.gain
         if not self.control.servoL(target, 0.0, 0.0, period, lookahead, gain):
-            raise Fault(f"{self.host} did not take a servoL")
+            raise Fault(f"the arm at {self.host} did not take a servoL ({self.state().fault or 'it does not say why'})")
 
     def grip(self, shut: float) -> None:
         """0 open .. 1 shut; returns at once."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import re
 import socket
 import struct
@@ -329,9 +330,12 @@ class Workcell:
 
 
 def serve(connection) -> None:
-    """The process of the fakes: ur_rtde holds Python's lock while it connects, so nothing in its own process could answer it."""
+    """The process of the fakes: ur_rtde holds Python's lock while it connects, so nothing in its own process could answer it.
+
+    It ends at once where the tests do, however they end: what waits for its output would wait for ever.
+    """
     workcell = None
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, OSError):
         while True:
             word, *what = connection.recv()
             if word == "new":
@@ -356,6 +360,7 @@ def serve(connection) -> None:
             elif word == "log":
                 answer = [controller.log for controller in controllers]
             connection.send(answer)
+    os._exit(0)
 
 
 class Fakes:
@@ -366,9 +371,11 @@ class Fakes:
         self.connection, other = context.Pipe()
         self.process = context.Process(target=serve, args=(other,), daemon=True)
         self.process.start()
+        other.close()
 
     def ask(self, *words):
         self.connection.send(words)
+        assert self.connection.poll(60), "the fakes do not answer"
         return self.connection.recv()
 
     def new(self, major: int = 3, **settings) -> list[str]:
