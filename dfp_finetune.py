@@ -81,6 +81,7 @@ class Config:
     start_after: int = 2_000  # of these, steps before the first online update; published: 5,000
     updates_per_step: int = 1  # online updates per environment step; published: 1
     num_envs: int = 1  # environments; published: 1
+    online_share: float = 0.5  # of each online minibatch, from online episodes alone; DEPARTS published: 0, all data alike
 
     horizon: int = 5  # h, actions of a chunk, all executed; published: 5
     gamma: float = 0.99  # discount per step; published: 0.99
@@ -95,6 +96,7 @@ class Config:
     candidates: int = 8  # N', of acting and of the critic's target; published: 16, on RoboMimic 4
     old_rate: float = 1e-4  # pi_old follows the actor by so much per update; published: 1e-4
     target_rate: float = 5e-3  # the critic's slow copy, likewise; published: 0.005
+    acting_rate: float = 1e-3  # the actor's average, which acts, likewise; DEPARTS published: 1, the newest, see `Learner`
 
     backbone: Literal["mlp", "plain"] = "mlp"  # mlp: small residual MLP; plain: published, 4 layers of 512
     cond_width: int = 256  # mlp: features of the observation trunk
@@ -121,6 +123,8 @@ PRESETS: dict[str, dict] = {
         "width": 512,
         "depth": 4,
         "latent_scale": 1.0,
+        "online_share": 0.0,
+        "acting_rate": 1.0,
         "batch_size": 256,
         "hypotheses": 8,
         "critic_trunk": 0,
@@ -140,6 +144,8 @@ METHODS = {
 TRAIN_SEED = 2_000_000  # first start of the training episodes
 LOG_EVERY = 200  # updates or environment steps between rows of metrics.csv
 FREE_ON_RESUME = {"resume", "out", "device", "compile"}  # what --resume may change
+ONLINE = {"online_steps", "start_after", "updates_per_step", "online_share", "proposals", "positives", "topk_weight", "old_rate"}
+ONLINE |= {"method", "eval_every", "save_every"}  # what it may change, too, as long as no online step was made
 
 
 # --- the equations ------------------------------------------------------------------------------------------------------
@@ -248,9 +254,18 @@ class ReplayBuffer:
         self.size, self.chunks = last, self.chunks + len(starts)
         self.ends += [first + int(end) for end in ends]
 
-    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """cond (B, C), chunk (B, h, Da), returns (B,), alive (B,), cond after the chunk (B, C); all with equal chance."""
-        t = self.starts[torch.randint(self.chunks, (batch,), generator=generator)].to(self.device)
+    def sample(
+        self, batch: int, generator: torch.Generator, since: int = 0, share: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """cond (B, C), chunk (B, h, Da), returns (B,), alive (B,), cond after the chunk (B, C).
+
+        All chunks have equal chance but for `share` of the batch, which comes from the chunks number `since` and later.
+        """
+        later = round(share * batch) if self.chunks > since else 0
+        which = torch.randint(self.chunks, (batch - later,), generator=generator)
+        if later:
+            which = torch.cat([torch.randint(since, self.chunks, (later,), generator=generator), which])
+        t = self.starts[which].to(self.device)
         chunk = self.actions[t.unsqueeze(1) + torch.arange(self.horizon, device=self.device)]
         following = (t + self.horizon).clamp(max=self.size - 1)  # where nothing follows, alive is 0 and any row will do
         return self.obs[t], chunk, self.returns[t], self.alive[t], self.obs[following]
@@ -293,11 +308,16 @@ class Recorder:
 
 
 class Learner:
-    """Actor, critics, their slow copies pi_old and Qbar, and one update of all. One call of a network serves all candidates."""
+    """Actor, critics, their slow copies pi_old and Qbar, and one update of all. One call of a network serves all candidates.
+
+    `acting` is the policy that collects, is evaluated and saved. DEPARTS: it is not the newest one but an average of the actor,
+    as in stage 1, that chooses by Qbar. One step of Adam can cost the newest policy a sixth of its successes (README).
+    """
 
     def __init__(self, policy: Policy, cfg: Config):
         self.cfg, self.policy, self.critic = cfg, policy, policy.critic
-        self.target_critic = copy.deepcopy(policy.critic).requires_grad_(False)
+        self.acting = copy.deepcopy(policy).requires_grad_(False)
+        self.target_critic = self.acting.critic
         self.old = copy.deepcopy(policy.backbone).requires_grad_(False)
         self.actor_weights = list(policy.backbone.parameters())
         self.actor_optimizer = torch.optim.Adam(self.actor_weights, lr=cfg.lr, fused=True)
@@ -361,17 +381,18 @@ class Learner:
         self.actor_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.actor_optimizer.step()
+        torch._foreach_lerp_(list(self.acting.backbone.parameters()), self.actor_weights, cfg.acting_rate)
         if online:
             torch._foreach_lerp_(list(self.old.parameters()), self.actor_weights, cfg.old_rate)
         return {**row, **diagnostics}
 
     def state(self) -> dict:
-        parts = ("target_critic", "old", "actor_optimizer", "critic_optimizer")
+        parts = ("acting", "old", "actor_optimizer", "critic_optimizer")
         return {"policy": self.policy.state(), **{name: getattr(self, name).state_dict() for name in parts}}
 
     def load(self, state: dict) -> None:
         self.policy.load_state_dict(state["policy"]["weights"])
-        for name in ("target_critic", "old", "actor_optimizer", "critic_optimizer"):
+        for name in ("acting", "old", "actor_optimizer", "critic_optimizer"):
             getattr(self, name).load_state_dict(state[name])
 
 
@@ -388,7 +409,7 @@ def check(cfg: Config) -> None:
         (("online_steps", "start_after", "threads", "seed", "critic_trunk"), lambda x: 0 <= x < 2**63, "a number from 0 on"),
         (("lr", "latent_scale"), lambda x: 0 < x < math.inf, "above 0"),
         (("topk_weight",), lambda x: 0 <= x < math.inf, "a number from 0 on"),
-        (("gamma", "old_rate", "target_rate"), lambda x: 0 <= x <= 1, "between 0 and 1"),
+        (("gamma", "old_rate", "target_rate", "acting_rate", "online_share"), lambda x: 0 <= x <= 1, "between 0 and 1"),
         (("candidates",), lambda x: x >= 2, "at least 2: the critic picks one of them"),
     ):
         for name in names:
@@ -398,6 +419,20 @@ def check(cfg: Config) -> None:
         raise UserError(f"--positives is {cfg.positives}; K of N = {cfg.proposals} proposals (--proposals) cannot be more", 2)
     if not cfg.temperatures or any(not 0 < tau < math.inf for tau in cfg.temperatures):
         raise UserError(f"--temperatures is {cfg.temperatures}; each must be above 0, for example 0.05", 2)
+
+
+def check_branch(cfg: Config, state: dict | None) -> None:
+    """One offline phase may be continued in several ways, as long as it would not have been another. Raises UserError."""
+    then = state["config"] if state else dataclasses.asdict(cfg)
+    changed = sorted(name for name in ONLINE if getattr(cfg, name) != then[name])
+    acts_offline = {"method", "topk_weight"} if "gradient" in (cfg.method, then["method"]) else set()
+    for name in changed:
+        if state["step"] > cfg.offline_steps or name in acts_offline:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but the run in {cfg.out} has {then[name]} and has used it; "
+                "omit the flag to resume it",
+                2,
+            )
 
 
 def defaults(given: Config) -> Config:
@@ -497,8 +532,9 @@ def main() -> None:
     began = time.perf_counter()
 
     # ---- config -----------------------------------------------------------------------------------------------------
-    cfg, state = read_config(Config, __doc__, defaults, "runs/{env}/dfp", FREE_ON_RESUME)
+    cfg, state = read_config(Config, __doc__, defaults, "runs/{env}/dfp", FREE_ON_RESUME | ONLINE)
     check(cfg)
+    check_branch(cfg, state)
     device = usable_device(cfg.device)
     if device.type == "cpu" and cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -538,7 +574,7 @@ def main() -> None:
         buffer.add(condition(policy, data.obs), actions, rewards, terminated, data.episode_ends)
         if not buffer.chunks:
             raise ValueError(f"{data.source}: no episode is as long as a chunk of {cfg.horizon} steps")
-    offline_rows, recorder = buffer.size, Recorder(cfg.num_envs)
+    offline_rows, offline_chunks, recorder = buffer.size, buffer.chunks, Recorder(cfg.num_envs)
     actor, critics = (sum(p.numel() for p in part.parameters()) for part in (policy.backbone, policy.critic))
     print(
         f"DFP on {cfg.env}: {data.source}, {len(data.episode_ends)} episodes, {offline_rows:,} steps, of which "
@@ -573,8 +609,7 @@ def main() -> None:
         keep_earlier_run(out, print)
     with plain_errors():
         out.mkdir(parents=True, exist_ok=True)
-        if state is None:
-            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
         forces = [f"force_rms_{tau:g}" for tau in cfg.temperatures]
         columns = ["seconds", "critic_loss", "q", "q_error", "distance", "scale", *forces, "gain", "episode_success"]
         log = RunLog(out, [*columns, *evaluate.COLUMNS], step)
@@ -612,13 +647,13 @@ def main() -> None:
             step += 1
         else:
             if step == cfg.offline_steps:
-                learner.old.load_state_dict(policy.backbone.state_dict())  # pi_old starts as the actor
+                learner.old.load_state_dict(learner.acting.backbone.state_dict())  # pi_old starts as the actor
             # Collect: every chunk runs to its end; a new one follows, or the next episode.
             deciding = [i for i, mine in enumerate(recorder.rows) if len(mine) % cfg.horizon == 0]
             observation = {key: value.copy() for key, value in episodes.obs.items()}
             if deciding:
                 seen = {key: value[deciding] for key, value in observation.items()}
-                plans[deciding] = policy.act(seen, generator=generator).cpu().numpy()
+                plans[deciding] = learner.acting.act(seen, generator=generator).cpu().numpy()
             at = [len(mine) % cfg.horizon for mine in recorder.rows]
             acted = plans[np.arange(cfg.num_envs), at]  #                          (N, Da)
             final, reward, over, late, info = episodes.step(acted[:, None])
@@ -633,7 +668,8 @@ def main() -> None:
             step += cfg.num_envs
             learning = step - cfg.offline_steps > cfg.start_after
             updates = range(cfg.updates_per_step * cfg.num_envs if learning else 0)
-            records = [learner.update(buffer.sample(cfg.batch_size, generator), True, generator) for _ in updates]
+            mixed = cfg.batch_size, generator, offline_chunks, cfg.online_share
+            records = [learner.update(buffer.sample(*mixed), True, generator) for _ in updates]
         bar.update(min(cfg.num_envs if online else 1, total - bar.n))
 
         # Log, evaluate, save.
@@ -651,16 +687,16 @@ def main() -> None:
             if "q" in row:
                 shown["q"] = f"{row['q']:.1f}"
         if evaluating:
-            row |= evaluate.select(policy, task, cfg.eval_episodes)
+            row |= evaluate.select(learner.acting, task, cfg.eval_episodes)
             if turning:
-                policy.save(out / "offline.pt")
+                learner.acting.save(out / "offline.pt")
                 results = evaluate.rollout(
-                    policy, task, list(range(evaluate.REPORT_SEED, evaluate.REPORT_SEED + cfg.report_episodes))
+                    learner.acting, task, list(range(evaluate.REPORT_SEED, evaluate.REPORT_SEED + cfg.report_episodes))
                 )
                 offline_line = {"offline_score": round(float(results["score"].mean()), 4), "offline_wall_s": round(wall(), 1)}
             if row["score"] >= best:
                 best = row["score"]  # of equal ones the later: more of the critic's choices have gone into it
-                policy.save(out / "dfp.pt")
+                learner.acting.save(out / "dfp.pt")
             shown["score"] = f"{evaluate.number_text(row['score'])} (best {evaluate.number_text(best)})"
         if row:
             bar.set_postfix(shown)

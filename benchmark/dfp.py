@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,6 +22,9 @@ import record
 import tyro
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import dfp_finetune
+
 RESULTS = ROOT / "benchmark" / "results" / "dfp.jsonl"
 RUNS = ROOT / "runs" / "benchmark"
 RIVALS = ("best-of-n", "random-k", "gradient")
@@ -112,7 +116,12 @@ def main() -> None:
     for group, seed in [] if cfg.print else jobs:
         task, flags = GROUPS[group]
         out = RUNS / f"dfp-{group.replace(', ', '-').replace(' = ', '')}-{seed}"
-        line = record.run("dfp_finetune.py", out, ["--env", task, "--seed", str(seed), *flags])
+        common, settings = ["--env", task, "--seed", str(seed)], dfp_finetune.defaults(dfp_finetune.Config(env=task))
+        if "gradient" not in flags and not out.exists():  # the others differ online alone: one offline phase serves them all
+            offline = RUNS / f"dfp-{task}-offline-{seed}"
+            record.run("dfp_finetune.py", offline, [*common, "--online-steps", "0"])
+            shutil.copytree(offline, out, ignore=shutil.ignore_patterns("result.json", "rollout.gif"))
+        line = record.run("dfp_finetune.py", out, [*common, "--online-steps", str(settings.online_steps), *flags])
         record.append(RESULTS, {"group": group, "train_seed": seed}, {**line, "curve": curve(out)})
     rows = record.read(RESULTS)
     print(table(rows) + "\n\n" + table_of_k(rows))

@@ -48,7 +48,6 @@ class Config:
     target_kl: float = 0.02  # an iteration's updates of the actor stop above this
     sigma: float = 0.5  # noise at the start, before tanh
     sigma_min: float = 0.05  # smallest noise
-    control_cost: float = 1.0  # share of Ant's 0.5 |a|^2 that is learned from: noise pays it too, and learns to stand still
     width: int = 128  # of the two hidden layers
     every: int = 100_000  # steps between snapshots
     episodes: int = 20  # full-length episodes that measure a snapshot
@@ -117,10 +116,7 @@ def main() -> None:
             with torch.no_grad():
                 mu, sigma = actor(normalized(obs))
                 u = mu + sigma * torch.randn_like(mu)
-            action = u.tanh().numpy()
-            final, reward, terminated, truncated, _ = episodes.step(action[:, None])
-            if cfg.body == "ant":
-                reward = reward + (1 - cfg.control_cost) * 0.5 * np.square(action).sum(-1)
+            final, reward, terminated, truncated, _ = episodes.step(u.tanh().numpy()[:, None])
             steps.append((obs, u, reward, terminated, truncated, final["state"][:, 0].astype(np.float64)))
         obs, reward, final = (np.stack([step[k] for step in steps]) for k in (0, 2, 5))
         terminated, truncated = (np.stack([step[k] for step in steps]) for k in (3, 4))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -94,10 +95,14 @@ def test_kill_and_resume_give_the_uninterrupted_run_bit_for_bit(until, whole, wo
     process.communicate()
     done = run(*improve(pusht_npz, out=str(out), save_every=1), "--resume", cwd=work)
     assert done.returncode == 0, done.stderr
+    check_same_run(out, whole)
+
+
+def check_same_run(out: Path, whole: Path) -> None:
     ours, theirs = (load_checkpoint(folder / "state.pt") for folder in (out, whole))
     for name in (
         "policy",
-        "target_critic",
+        "acting",
         "old",
         "actor_optimizer",
         "critic_optimizer",
@@ -109,6 +114,22 @@ def test_kill_and_resume_give_the_uninterrupted_run_bit_for_bit(until, whole, wo
         same(ours[name], theirs[name], name)
     left, right = ([{k: v for k, v in row.items() if k != "seconds"} for row in metrics(f)] for f in (out, whole))
     assert left == right
+
+
+def test_one_offline_phase_may_be_continued_in_several_ways(whole, work, pusht_npz):
+    done = run(*improve(pusht_npz, out="branch", online_steps=0), cwd=work)
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(work / "branch", work / "other")
+    done = run(*improve(pusht_npz, out="branch"), "--resume", cwd=work)
+    assert done.returncode == 0, done.stderr
+    check_same_run(work / "branch", whole)
+    done = run(*improve(pusht_npz, out="branch", positives=1), "--resume", cwd=work)
+    assert done.returncode == 2 and "--positives is 1, but the run in branch has 2 and has used it" in done.stderr
+    done = run(*improve(pusht_npz, out="other", method="gradient"), "--resume", cwd=work)
+    assert done.returncode == 2 and "--method is gradient" in done.stderr
+    done = run(*improve(pusht_npz, out="other", positives=1, online_steps=15), "--resume", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((work / "other" / "config.json").read_text())["positives"] == 1
 
 
 @pytest.mark.parametrize("method", ["best-of-n", "random-k", "gradient"])
