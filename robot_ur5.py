@@ -59,6 +59,7 @@ class Config:
     robot: tuple[str, str] | None = None  # run real arms: addresses of the left and the right one
     armed: bool = False  # real arms: let them move; without it nothing is sent to them
     ckpt: str = ""  # the policy, of dbp_train.py --env ur5-...; empty, with --sim: the scripted expert
+    graph: str = ""  # the same policy as evaluate.py --export wrote it: onnxruntime needs a fraction of torch's time on a CPU
     task: Literal["lift", "can", "transport"] = "transport"  # what the scripted expert does
     view: Literal["state", "image"] = "state"  # what a recording of the expert holds; image: three cameras
     seconds: float = 60.0  # longest episode, s
@@ -107,6 +108,8 @@ def check(cfg: Config) -> None:
         raise UserError("give either --sim or --robot LEFT RIGHT", 2)
     if cfg.armed and cfg.sim:
         raise UserError("--armed is for real arms; the twin needs no permission", 2)
+    if cfg.graph and not cfg.ckpt:
+        raise UserError("--graph needs --ckpt, the policy that it was exported from: it says what the graph sees and does", 2)
     if cfg.robot and not cfg.ckpt:
         raise UserError("real arms need --ckpt; the scripted expert knows where objects are, which only the twin can tell", 2)
     if cfg.robot and cfg.robot[0] == cfg.robot[1]:
@@ -226,7 +229,7 @@ class Snapshot:
     def wait(self, most: float = 0.02) -> None:
         """Until the next write, at most so many seconds: a decision that begins with a new state is the fresher for it."""
         before, until = self.values[0], time.monotonic() + most
-        while self.values[0] == before and time.monotonic() < until:
+        while self.values[0] < before + 2 and time.monotonic() < until:
             time.sleep(5e-5)
 
 
@@ -255,6 +258,42 @@ class Mirror:
 # --- the policy's process -------------------------------------------------------------------------------------------------
 
 
+class Graph:
+    """A policy as `evaluate.py --export` wrote it, run by onnxruntime: the same actions, in a fraction of the time on a CPU."""
+
+    def __init__(self, path: str, policy: Policy):
+        """policy: what it was exported from. Raises ImportError without onnxruntime, ValueError where it is another policy."""
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError(f"--graph needs onnxruntime: pip install -r requirements-export.txt ({error})") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no common type
+            raise ValueError(f"--graph {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        self.policy, generator = policy, torch.Generator().manual_seed(0)
+        same = [each.name for each in self.session.get_inputs()] == [*policy.config.obs_shapes, "z"]
+        for _ in range(5 if same else 0):
+            obs = {
+                key: np.zeros((1, policy.config.obs_steps, *shape), np.float32) for key, shape in policy.config.obs_shapes.items()
+            }
+            obs = {key: x.astype(np.uint8) if kind(x.shape[2:]) == "image" else x for key, x in obs.items()}
+            z = policy.sample_latents(1, generator)
+            apart = torch.from_numpy(self.run(obs, z)) - policy.act(obs, z).cpu()
+            same &= bool((apart.abs() <= 1e-4 * policy.normalize_action.half_range.cpu()).all())
+        if not same:
+            raise ValueError(f"--graph {path} is not an export of --ckpt: evaluate.py --ckpt ... --export {path} makes it anew")
+
+    def run(self, obs: dict[str, np.ndarray], z: torch.Tensor) -> np.ndarray:
+        return self.session.run(None, {**obs, "z": z.cpu().numpy()})[0]
+
+    def act(self, obs: dict[str, np.ndarray], generator: torch.Generator) -> np.ndarray:
+        """As Policy.act: {key: (1, To, ...)} -> (1, Ta, Da)."""
+        return self.run(obs, self.policy.sample_latents(1, generator))
+
+
 class Brain:
     """Observation -> way-points. Lives in the policy's process."""
 
@@ -263,6 +302,7 @@ class Brain:
         self.cfg, self.snapshot, self.bases = cfg, snapshot, bases_of(cfg)
         self.into_base = np.linalg.inv(self.bases)
         self.policy = read_policy(cfg, usable_device(cfg.device))
+        self.graph = Graph(cfg.graph, self.policy) if cfg.graph else None
         self.task = self.policy.config.env.split("-")[1] if self.policy else cfg.task
         self.arms = [i for i, name in enumerate(ARMS) if self.policy and f"{name}_pos" in self.policy.config.obs_shapes]
         self.arms = self.arms or list(SCENES[self.task].arms)
@@ -333,18 +373,20 @@ class Brain:
         """One decision. Raises Fault where what it would look at is too old, ValueError where the hand cannot reach."""
         obs, at, captured = self.look()
         started = time.monotonic()
-        if self.policy:
+        self.encoded = started
+        if self.graph:
+            actions = self.graph.act(self.history(obs, started), self.generator)[0].astype(np.float64)
+        elif self.policy:
             actions = self.policy.act(self.history(obs, started), generator=self.generator)[0].cpu().numpy().astype(np.float64)
         else:
-            self.encoded = started
             actions = EXPERTS[self.task](self.mirror.table)[None]
         times = at + STEP_S * (1 + np.arange(len(actions)))  # an action says where the hand that it saw shall be then
         q_now = self.snapshot.read()[1]
         q = np.repeat(self.rest[None], len(actions), 0)
         grip = np.zeros((len(actions), 2))
-        for mine, i in zip(np.split(actions, len(self.arms), 1), self.arms, strict=True):
-            poses = self.into_base[i] @ pose_of(mine[:, :3], mine[:, 3:9])
-            q[:, i], grip[:, i] = inverse(poses, q_now[i]), mine[:, 9]
+        mine = actions.reshape(len(actions), len(self.arms), 10)  #                  position, 6-D rotation, grip
+        poses = self.into_base[self.arms] @ pose_of(mine[..., :3], mine[..., 3:9])  # (Ta, arms, 4, 4)
+        q[:, self.arms], grip[:, self.arms] = inverse(poses, q_now[self.arms]), mine[..., 9]
         if not self.rows or started - self.rows[-1]["times"] >= STEP_S - 0.01:
             when = {"times": np.float64(started), "captured": np.float64(captured)}
             self.rows.append({**obs, **when, "actions": actions[0].astype(np.float32)})

@@ -70,8 +70,8 @@ def tcp(chain: np.ndarray) -> np.ndarray:
 def inverse(pose: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Joints that bring the tool centre to `pose` in the base frame, in closed form. (..., 4, 4) -> (..., 6)
 
-    A UR5e has up to eight solutions; this is the one with the shoulder, elbow and wrist on the side where they are at q (6,), and
-    each joint on q's turn. Joints 2, 3 and 4 turn about one direction, z1 = (sin q1, -cos q1, 0), which is what makes it easy.
+    A UR5e has up to eight solutions; this is the one with the shoulder, elbow and wrist on the side where they are at q (..., 6),
+    and each joint on q's turn. Joints 2, 3, 4 turn about one direction, z1 = (sin q1, -cos q1, 0), which is what makes it easy.
     Raises: ValueError out of reach, and where the wrist is straight (joint 5 at 0), which leaves joints 4 and 6 undetermined.
     """
     R, flange = pose[..., :3, :3], pose[..., :3, 3] - TOOL * pose[..., :3, 2]
@@ -80,12 +80,12 @@ def inverse(pose: np.ndarray, q: np.ndarray) -> np.ndarray:
     lean = np.arcsin(np.clip(ratio, -1, 1))
     here = np.arctan2(wrist[..., 1], wrist[..., 0])
     either = np.stack([here + lean, here + math.pi - lean])  #                 shoulder on one or the other side
-    apart = np.abs(np.mod(either - q[0] + math.pi, 2 * math.pi) - math.pi)
+    apart = np.abs(np.mod(either - q[..., 0] + math.pi, 2 * math.pi) - math.pi)
     q1 = np.where(apart[0] <= apart[1], either[0], either[1])
     c1, s1 = np.cos(q1), np.sin(q1)
     z1 = np.stack([s1, -c1, np.zeros_like(s1)], -1)
     seen = np.einsum("...ij,...i->...j", R, z1)  #                             z1 in frame 6: (s5 c6, -s5 s6, c5)
-    side = 1.0 if math.sin(q[4]) >= 0 else -1.0
+    side = np.where(np.sin(q[..., 4]) >= 0, 1.0, -1.0)
     s5 = side * np.hypot(seen[..., 0], seen[..., 1])
     q5, q6 = np.arctan2(s5, seen[..., 2]), np.arctan2(-side * seen[..., 1], side * seen[..., 0])
     z4 = np.einsum("...ij,...j->...i", R, np.stack([-np.sin(q6), -np.cos(q6), np.zeros_like(q6)], -1))
@@ -94,7 +94,7 @@ def inverse(pose: np.ndarray, q: np.ndarray) -> np.ndarray:
     x, y = c1 * ankle[..., 0] + s1 * ankle[..., 1], ankle[..., 2] - DH_D[0]
     a2, a3 = DH_A[1], DH_A[2]
     c3 = (x * x + y * y - a2 * a2 - a3 * a3) / (2 * a2 * a3)
-    q3 = np.arccos(np.clip(c3, -1, 1)) * (1.0 if math.sin(q[2]) >= 0 else -1.0)
+    q3 = np.arccos(np.clip(c3, -1, 1)) * np.where(np.sin(q[..., 2]) >= 0, 1.0, -1.0)
     q2 = np.arctan2(y, x) - np.arctan2(a3 * np.sin(q3), a2 + a3 * np.cos(q3))
     found = np.stack([q1, q2, q3, total - q2 - q3, q5, q6], -1)
     impossible = (np.abs(ratio) > 1) | (np.abs(c3) > 1) | (np.abs(s5) < 0.02)

@@ -186,9 +186,10 @@ class Table(gymnasium.Env):
         """The observation but for the pictures."""
         obs: Arrays = {}
         at, R = self.cell.body("object")
-        for arm in self.acting:
-            obs |= arm_observation(ARMS[arm.arm], arm.hand(), arm.state().grip)
-        obs["object"] = np.concatenate([at, six(R), *(at - arm.hand()[:3, 3] for arm in self.acting)])
+        hands = [arm.hand() for arm in self.acting]
+        for arm, hand in zip(self.acting, hands, strict=True):
+            obs |= arm_observation(ARMS[arm.arm], hand, arm.state().grip)
+        obs["object"] = np.concatenate([at, six(R), *(at - hand[:3, 3] for hand in hands)])
         return {key: value.astype(np.float32) for key, value in obs.items()}
 
     def _observe(self) -> Arrays:

@@ -14,6 +14,7 @@ training that is there is not run again, one that was cut is resumed.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -60,11 +61,14 @@ def waving_policy(path: Path, cameras: tuple[str, ...] = (), env: str = "ur5-tra
     return path
 
 
-def times(cfg: Config, cameras: tuple[str, ...]) -> dict:
+def times(cfg: Config, cameras: tuple[str, ...], exported: bool) -> dict:
     """The report of robot_ur5.py over cfg.seconds."""
     out = ROOT / "runs" / "benchmark" / ("robot-cameras" if cameras else "robot-state")
-    ckpt = waving_policy(out / "waving.pt", cameras)
+    ckpt, graph = waving_policy(out / "waving.pt", cameras), str(out / "waving.onnx")
     command = [sys.executable, "robot_ur5.py", "--sim", "--no-window", "--ckpt", str(ckpt), "--out", str(out)]
+    if exported:
+        subprocess.run([sys.executable, "evaluate.py", "--ckpt", str(ckpt), "--export", graph], cwd=ROOT, check=True)
+        command += ["--graph", graph]
     command += ["--seconds", str(cfg.seconds), "--device", cfg.device]
     command += ["--stale-policy", "2", "--stale-camera", "2", "--watchdog-hz", "2"]  # what is late shall be seen, and not end it
     print(" ".join(command), flush=True)
@@ -137,7 +141,9 @@ def main() -> None:
         record.append(RESULTS, {"what": "training", "task": task, "train_seed": seed}, {**line, **extra})
     if not (cfg.print or cfg.experts or cfg.train):
         for policy, cameras in (("state", ()), ("three cameras, 84 x 84", ur5_twin.CAMERAS)):
-            record.append(RESULTS, {"what": "times", "policy": policy}, times(cfg, cameras))
+            for exported in (False, True) if importlib.util.find_spec("onnxruntime") else (False,):
+                name = policy + ", exported" * exported
+                record.append(RESULTS, {"what": "times", "policy": name}, times(cfg, cameras, exported))
     print(times_table(record.read(RESULTS)) + "\n\n" + tasks_table(record.read(RESULTS)))
 
 

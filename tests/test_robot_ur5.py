@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY_MLP
 
 import demos
@@ -23,6 +24,7 @@ import ur5_motion
 import ur5_tasks
 import ur5_twin
 from common import UserError
+from policy import Policy
 from robot_ur5 import Config, Snapshot, Stopwatch, fly, limits_of, patience_of, stop_together
 from ur5_motion import ArmState, Chunk, Fault, Pilot, Trajectory
 
@@ -78,6 +80,8 @@ def test_inverse_of_many_is_the_inverse_of_each():
     poses[:, :3, 3] += np.random.default_rng(2).uniform(-0.1, 0.1, (5, 3))
     together = ur5_motion.inverse(poses, HOMES[0])
     assert np.allclose(together, [ur5_motion.inverse(pose, HOMES[0]) for pose in poses])
+    both = ur5_motion.inverse(poses[:, None].repeat(2, 1), HOMES)  # each arm on its own side
+    assert np.allclose(both[:, 0], together) and np.allclose(both[:, 1], ur5_motion.inverse(poses, HOMES[1]))
     assert np.allclose(ur5_motion.tcp(ur5_motion.frames(together)), poses, atol=1e-9)
 
 
@@ -540,6 +544,7 @@ def tiny(path: Path, cameras: tuple[str, ...] = (), **changes) -> Path:
         ("--sim --armed", 2, "--armed is for real arms"),
         ("--robot a b", 2, "real arms need --ckpt"),
         ("--robot a a --ckpt x", 2, "named twice"),
+        ("--sim --graph x.onnx", 2, "--graph needs --ckpt"),
         ("--sim --gain 5000", 2, "gain is 5000.0; servoj takes 100 to 2000"),
         ("--sim --lookahead 1", 2, "lookahead is 1.0 s"),
         ("--sim --frequency 100", 2, "frequency is 100.0 Hz"),
@@ -573,6 +578,29 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     for config, message in cases:
         with pytest.raises(UserError, match=message):
             robot_ur5.read_policy(config)
+
+
+def test_an_exported_graph_stands_in_for_its_policy_alone(tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs requirements-export.txt")
+    import evaluate
+
+    policy, other = (Policy.load(tiny(tmp_path / "waving.pt")) for _ in range(2))
+    with torch.no_grad():
+        other.normalize_action.half_range *= 1.01
+    path = str(tmp_path / "policy.onnx")
+    evaluate.export_onnx(policy, path)
+    graph = robot_ur5.Graph(path, policy)
+    obs = {
+        key: np.random.default_rng(0).normal(size=(1, 1, *shape)).astype(np.float32)
+        for key, shape in policy.config.obs_shapes.items()
+    }
+    drawn = (torch.Generator().manual_seed(3) for _ in range(2))
+    expected = policy.act(obs, generator=next(drawn)).numpy()
+    assert np.allclose(graph.act(obs, next(drawn)), expected, atol=1e-5)
+    (tmp_path / "broken.onnx").write_bytes(b"nothing")
+    for wrong, mine, message in ((path, other, "is not an export"), (str(tmp_path / "broken.onnx"), policy, "cannot be read")):
+        with pytest.raises(ValueError, match=message):
+            robot_ur5.Graph(wrong, mine)
 
 
 # --- the real client against two fake controllers on loopback -----------------------------------------------------------
