@@ -693,7 +693,8 @@ def main() -> None:
                 results = evaluate.rollout(
                     learner.acting, task, list(range(evaluate.REPORT_SEED, evaluate.REPORT_SEED + cfg.report_episodes))
                 )
-                offline_line = {"offline_score": round(float(results["score"].mean()), 4), "offline_wall_s": round(wall(), 1)}
+                means = {f"offline_{name}": round(float(results[name].mean()), 4) for name in ("score", "return")}
+                offline_line = {**means, "offline_wall_s": round(wall(), 1)}
             if row["score"] >= best:
                 best = row["score"]  # of equal ones the later: more of the critic's choices have gone into it
                 learner.acting.save(out / "dfp.pt")

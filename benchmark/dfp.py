@@ -59,14 +59,18 @@ def curve(out: Path) -> list[list[float]]:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| run | seed | offline | after online steps | 95 % interval | wall time |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| run | seed | offline | after online steps | 95 % interval | return, offline -> online | wall time |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for group in dict.fromkeys(row["group"] for row in rows):
         mine = sorted((row for row in rows if row["group"] == group), key=lambda row: row["train_seed"])
         for row in mine:
             low, high = row["score_ci95"]
             lines.append(
                 f"| {group} | {row['train_seed']} | {row['offline_score']:.2f} | {row['score']:.2f} | "
-                f"{low:.2f} to {min(high, 1):.2f} | {row['wall_s'] / 60:.0f} min |"
+                f"{low:.2f} to {min(high, 1):.2f} | {row['offline_return']:.0f} -> {row['mean_return']:.0f} | "
+                f"{row['wall_s'] / 60:.0f} min |"
             )
     return "\n".join(lines)
 
