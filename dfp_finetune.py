@@ -615,6 +615,12 @@ def main() -> None:
         log = RunLog(out, [*columns, *evaluate.COLUMNS], step)
     signals = catch_signals()
 
+    def reported(name: str) -> dict[str, float]:  # the policy that acts now, on starts that no decision has seen
+        results = evaluate.rollout(
+            learner.acting, task, list(range(evaluate.REPORT_SEED, evaluate.REPORT_SEED + cfg.report_episodes))
+        )
+        return {f"{name}_{key}": round(float(results[key].mean()), 4) for key in ("score", "return")}
+
     def wall() -> float:  # seconds of this run, earlier sessions included
         return seconds + time.perf_counter() - began
 
@@ -690,11 +696,7 @@ def main() -> None:
             row |= evaluate.select(learner.acting, task, cfg.eval_episodes)
             if turning:
                 learner.acting.save(out / "offline.pt")
-                results = evaluate.rollout(
-                    learner.acting, task, list(range(evaluate.REPORT_SEED, evaluate.REPORT_SEED + cfg.report_episodes))
-                )
-                means = {f"offline_{name}": round(float(results[name].mean()), 4) for name in ("score", "return")}
-                offline_line = {**means, "offline_wall_s": round(wall(), 1)}
+                offline_line = {**reported("offline"), "offline_wall_s": round(wall(), 1)}
             if row["score"] >= best:
                 best = row["score"]  # of equal ones the later: more of the critic's choices have gone into it
                 learner.acting.save(out / "dfp.pt")
@@ -713,12 +715,13 @@ def main() -> None:
             sys.exit(128 + signals[0])
     bar.close()
     env.close()
+    last_line = reported("last")
 
     # ---- final evaluation: starts that no decision has seen --------------------------------------------------------------
     for number in (signal.SIGINT, signal.SIGTERM):  # the training is saved: from here on they stop at once
         signal.signal(number, signal.default_int_handler)
     log.close()
-    extra = {"method": cfg.method, "offline_steps": cfg.offline_steps, **offline_line}
+    extra = {"method": cfg.method, "offline_steps": cfg.offline_steps, **offline_line, **last_line}
     evaluate.finish(Policy.load(out / "dfp.pt", device), task, out, cfg.report_episodes, wall, extra)
 
 

@@ -3,10 +3,11 @@
     python benchmark/dfp.py --only cube-single-task2     one group, 2 seeds, about 40 minutes each on one core
     python benchmark/dfp.py --print                      the tables of what there is, and the picture
 
-The offline score is that of the policy at the end of the offline phase, the final one of the best evaluation's policy, both over
-50 starts that no choice has seen (seeds 100,000 on). The cubes' data are 200 episodes of play (200,000 steps) of OGBench's own
-oracle, recorded here; Push-T's are the embedded demonstrations. Lines go to benchmark/results/dfp.jsonl with the evaluations of
-the training, (step, seconds, score, train success); a line that is there is not run again, a run that was cut is resumed.
+The offline score is that of the policy at the end of the offline phase, then come the best evaluation's policy and the last one,
+all over 50 starts that no choice has seen (seeds 100,000 on); the return is minus the steps until success. The cubes' data are 200
+episodes of play (200,000 steps) of OGBench's own oracle, recorded here; Push-T's are the embedded demonstrations. Groups of one
+task that differ online alone share their offline phase. Lines go to benchmark/results/dfp.jsonl with the evaluations of the
+training, (step, seconds, score, train success); a line that is there is not run again, a run that was cut is resumed.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ def curve(out: Path) -> list[list[float]]:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| run | seed | offline | after online steps | 95 % interval | return, offline -> online | wall time |",
-        "|---|---|---|---|---|---|---|",
+        "| run | seed | offline | after online steps: best evaluation's | 95 % interval | the last one | "
+        "return, offline -> last | wall time |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for group in dict.fromkeys(row["group"] for row in rows):
         mine = sorted((row for row in rows if row["group"] == group), key=lambda row: row["train_seed"])
@@ -69,7 +71,8 @@ def table(rows: list[dict]) -> str:
             low, high = row["score_ci95"]
             lines.append(
                 f"| {group} | {row['train_seed']} | {row['offline_score']:.2f} | {row['score']:.2f} | "
-                f"{low:.2f} to {min(high, 1):.2f} | {row['offline_return']:.0f} -> {row['mean_return']:.0f} | "
+                f"{low:.2f} to {min(high, 1):.2f} | {row['last_score']:.2f} | "
+                f"{row['offline_return']:.0f} -> {row['last_return']:.0f} | "
                 f"{row['wall_s'] / 60:.0f} min |"
             )
     return "\n".join(lines)

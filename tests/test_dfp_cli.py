@@ -74,7 +74,17 @@ def test_a_run_writes_what_its_docstring_says(whole):
     assert files <= set(os.listdir(whole))
     assert iio.imread(whole / "curve.png").std() > 10
     line = json.loads((whole / "result.json").read_text().splitlines()[-1])
-    assert set(line) == CONTRACT | {"wall_s", "method", "offline_steps", "offline_score", "offline_return", "offline_wall_s"}
+    extra = {
+        "wall_s",
+        "method",
+        "offline_steps",
+        "offline_score",
+        "offline_return",
+        "offline_wall_s",
+        "last_score",
+        "last_return",
+    }
+    assert set(line) == CONTRACT | extra
     assert (line["env"], line["nfe"], line["method"]) == ("pusht", 1, "dfp")
 
 
