@@ -4,8 +4,8 @@
     python benchmark/dfp.py --print                      the tables of what there is, and the picture
 
 The offline score is that of the policy at the end of the offline phase, then come the best evaluation's policy and the last one,
-all over 50 starts that no choice has seen (seeds 100,000 on); the return is minus the steps until success. The cubes' data are 200
-episodes of play (200,000 steps) of OGBench's own oracle, recorded here; Push-T's are the embedded demonstrations. Groups of one
+all over 50 starts that no choice has seen (seeds 100,000 on); the return is minus the steps until success. The cubes have 200
+episodes of play (200,000 steps) of OGBench's own oracle, recorded here, Push-T the embedded demonstrations. Groups of one
 task that differ online alone share their offline phase. Lines go to benchmark/results/dfp.jsonl with the evaluations of the
 training, (step, seconds, score, train success); a line that is there is not run again, a run that was cut is resumed.
 """
