@@ -91,7 +91,7 @@ def draw(rows: list[dict], path: Path) -> None:
             name = "without the anchor" if free else "DBPO"
             label = name if row["train_seed"] == 0 else None
             ax.plot(np.array(steps) / 1e6, scores, color="tab:orange" if free else "tab:blue", lw=1, label=label)
-        ax.set(title=task, xlabel="million environment steps", ylim=(0, None))
+        ax.set(title=task, xlabel="million environment steps", ylim=(0.8, 1) if task == "pusht" else (0, None))
         ax.grid(alpha=0.3)
         ax.legend(loc="lower right")
     axes[0, 0].set_ylabel("score")
