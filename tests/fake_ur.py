@@ -25,8 +25,10 @@ import time
 
 import numpy as np
 
-from ur5_motion import frames, tcp
-from ur5_twin import PERIOD, Cell, TwinArm
+import robot_ur5
+import ur5_devices
+from ur5_motion import Chunk, Fault, frames, tcp
+from ur5_twin import PERIOD, Cell, TwinArm, home
 
 VERSION, SETUP_IN, SETUP_OUT, START, PAUSE, DATA, CONTROL_VERSION = b"VIOSPUv"
 READY, DONE = 1, 2
@@ -385,3 +387,39 @@ class Fakes:
     def close(self) -> None:
         self.process.terminate()
         self.process.join()
+
+
+# --- a flight of the fakes in a process of its own, which ur_rtde may end or block ---------------------------------------
+
+
+class Waves:
+    """In the policy's place: both arms wave, 50 decisions per second."""
+
+    def __init__(self):
+        self.last = 0.0
+
+    def start(self) -> None:
+        self.began = time.monotonic()
+        self.homes = np.stack([home(0), home(1)])
+
+    def chunks(self) -> list[Chunk]:
+        now = time.monotonic()
+        if now - self.last < 0.02:
+            return []
+        self.last = now
+        times = now + 0.1 * np.arange(1, 5)
+        swing = 0.15 * np.sin(2 * np.pi * 0.7 * (times - self.began))[:, None, None] * np.array([1, 0.3, 0.3, 1, 1, 1])
+        return [Chunk(now, now, now, now, times, self.homes + swing, np.zeros((4, 2)))]
+
+
+def flight(connection, hosts: list[str], config) -> None:
+    """Ends as robot_ur5.py does after a fault, without closing: ur_rtde may wait, or abort, there."""
+    arms = [ur5_devices.UR5Arm(host, config.armed, ur5_devices.ServoSettings(125), config.gripper) for host in hosts]
+    connection.send("off")
+    try:
+        snapshot = robot_ur5.Snapshot(np.zeros(robot_ur5.Snapshot.HEAD))
+        why = robot_ur5.fly(config, arms, Waves(), snapshot, robot_ur5.Stopwatch(0.008), None, [], 0.1)
+    except Fault as fault:
+        why = str(fault)
+    connection.send((why, time.monotonic()))
+    os._exit(0)

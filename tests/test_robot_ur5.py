@@ -25,7 +25,7 @@ import ur5_tasks
 import ur5_twin
 from common import UserError
 from policy import Policy
-from robot_ur5 import Config, Snapshot, Stopwatch, fly, limits_of, patience_of, stop_together
+from robot_ur5 import Config, Snapshot, Stopwatch, limits_of, patience_of, stop_together
 from ur5_motion import ArmState, Chunk, Fault, Pilot, Trajectory
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -606,25 +606,6 @@ def test_an_exported_graph_stands_in_for_its_policy_alone(tmp_path):
 # --- the real client against two fake controllers on loopback -----------------------------------------------------------
 
 
-class Waves:
-    """In the policy's place: both arms wave, 50 decisions per second."""
-
-    def __init__(self):
-        self.last = 0.0
-
-    def start(self) -> None:
-        self.began = time.monotonic()
-
-    def chunks(self) -> list[Chunk]:
-        now = time.monotonic()
-        if now - self.last < 0.02:
-            return []
-        self.last = now
-        times = now + 0.1 * np.arange(1, 5)
-        swing = 0.15 * np.sin(2 * np.pi * 0.7 * (times - self.began))[:, None, None] * np.array([1, 0.3, 0.3, 1, 1, 1])
-        return [Chunk(now, now, now, now, times, HOMES + swing, np.zeros((4, 2)))]
-
-
 @pytest.fixture(scope="module")
 def fakes():
     from fake_ur import Fakes
@@ -637,18 +618,6 @@ def fakes():
 LOOPBACK = Config(robot=("", ""), armed=True, frequency=125, gripper="none", stale_state=0.15, stale_policy=0.3, step=0.4)
 
 
-def flight(connection, hosts: list[str], config: Config) -> None:
-    """The process of a flight. It ends as robot_ur5.py does after a fault, without closing: ur_rtde may wait, or abort, there."""
-    arms = [ur5_devices.UR5Arm(host, config.armed, ur5_devices.ServoSettings(125), config.gripper) for host in hosts]
-    connection.send("off")
-    try:
-        why = fly(config, arms, Waves(), Snapshot(np.zeros(Snapshot.HEAD)), Stopwatch(0.008), None, [], 0.1)
-    except Fault as fault:
-        why = str(fault)
-    connection.send((why, time.monotonic()))
-    os._exit(0)
-
-
 DIED = "the process ended"
 
 
@@ -657,13 +626,15 @@ def fly_real(fakes, trouble, at: float, config: Config = LOOPBACK, seconds: floa
 
     Returns: why it ended (DIED where ur_rtde ended or blocked the process), when the trouble began, when the flight was over.
     """
-    context = multiprocessing.get_context("fork")
+    from fake_ur import flight
+
+    context = multiprocessing.get_context("spawn")  # a fork may inherit locks that nobody opens
     mine, other = context.Pipe()
     arguments = other, fakes.new(), dataclasses.replace(config, seconds=seconds)
     process = context.Process(target=flight, args=arguments, daemon=True)
     process.start()
     other.close()
-    assert mine.poll(30) and mine.recv() == "off"
+    assert mine.poll(60) and mine.recv() == "off"
     began = None
     if not mine.poll(at):
         began = trouble()
