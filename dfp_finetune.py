@@ -311,7 +311,7 @@ class Learner:
     """Actor, critics, their slow copies pi_old and Qbar, and one update of all. One call of a network serves all candidates.
 
     `acting` is the policy that collects, is evaluated and saved. DEPARTS: it is not the newest one but an average of the actor,
-    as in stage 1, that chooses by Qbar. One step of Adam can cost the newest policy a sixth of its successes (README).
+    as in stage 1, that chooses by Qbar. One step can cost the newest policy a sixth of its successes (README).
     """
 
     def __init__(self, policy: Policy, cfg: Config):
@@ -423,11 +423,12 @@ def check(cfg: Config) -> None:
 
 def check_branch(cfg: Config, state: dict | None) -> None:
     """One offline phase may be continued in several ways, as long as it would not have been another. Raises UserError."""
-    then = state["config"] if state else dataclasses.asdict(cfg)
-    changed = sorted(name for name in ONLINE if getattr(cfg, name) != then[name])
+    if state is None:
+        return
+    then = state["config"]
     acts_offline = {"method", "topk_weight"} if "gradient" in (cfg.method, then["method"]) else set()
-    for name in changed:
-        if state["step"] > cfg.offline_steps or name in acts_offline:
+    for name in sorted(ONLINE):
+        if getattr(cfg, name) != then[name] and (state["step"] > cfg.offline_steps or name in acts_offline):
             raise UserError(
                 f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but the run in {cfg.out} has {then[name]} and has used it; "
                 "omit the flag to resume it",

@@ -274,12 +274,11 @@ class Graph:
         except Exception as error:  # its errors have no common type
             raise ValueError(f"--graph {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
         self.policy, generator = policy, torch.Generator().manual_seed(0)
-        same = [each.name for each in self.session.get_inputs()] == [*policy.config.obs_shapes, "z"]
+        obs = {}
+        for key, shape in policy.config.obs_shapes.items():
+            obs[key] = np.zeros((1, policy.config.obs_steps, *shape), np.uint8 if kind(shape) == "image" else np.float32)
+        same = [each.name for each in self.session.get_inputs()] == [*obs, "z"]
         for _ in range(5 if same else 0):
-            obs = {
-                key: np.zeros((1, policy.config.obs_steps, *shape), np.float32) for key, shape in policy.config.obs_shapes.items()
-            }
-            obs = {key: x.astype(np.uint8) if kind(x.shape[2:]) == "image" else x for key, x in obs.items()}
             z = policy.sample_latents(1, generator)
             apart = torch.from_numpy(self.run(obs, z)) - policy.act(obs, z).cpu()
             same &= bool((apart.abs() <= 1e-4 * policy.normalize_action.half_range.cpu()).all())
