@@ -16,6 +16,7 @@ import cubes
 import kitchen
 import locomotion
 import manipulation
+import pusht
 import robomimic_tasks
 import scripted
 import ur5_tasks
@@ -264,11 +265,11 @@ TASKS = {
         score="largest coverage / 0.95",
         obs_shapes={"state": (20,)},
         action_dim=2,
-        make=partial(GymVector, manipulation.pusht_env),
-        make_training=partial(GymVector, manipulation.pusht_env, processes=True),
+        make=partial(GymVector, pusht.make_env),
+        make_training=partial(GymVector, pusht.make_env, processes=True),
         demo_arrays=("state", "action"),
-        demo_convert=manipulation.pusht_demos,
-        demo_mirror=manipulation.pusht_mirror,
+        demo_convert=pusht.state_demos,
+        demo_mirror=pusht.mirror,
         # Success is rare and late: large batches, small noise that lasts for a chunk, slim latents (dbpo_finetune.py, Config).
         finetune={
             "env_steps": 4_000_000,
@@ -295,12 +296,12 @@ TASKS = {
 TASKS["pusht-image"] = Task(
     name="pusht-image",
     score=TASKS["pusht"].score,
-    obs_shapes=manipulation.PUSHT_IMAGE_SHAPES,
+    obs_shapes=pusht.IMAGE_SHAPES,
     action_dim=2,
-    make=partial(GymVector, partial(manipulation.pusht_env, "image")),
+    make=partial(GymVector, partial(pusht.make_env, "image")),
     demo_arrays=("img", "state", "action"),
-    demo_convert=manipulation.pusht_image_demos,
-    demo_record=manipulation.record_pusht_images,
+    demo_convert=pusht.image_demos,
+    demo_record=pusht.record_images,
     demo_origin="the embedded states, drawn",
     train={"batch_size": 64, "steps": 6_000, "eval_every": 3_000},
 )

@@ -16,11 +16,12 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import manipulation
+import pusht
 
 
 def main() -> None:
     figure = plt.figure(figsize=(13, 2.9), layout="constrained")
-    table = manipulation.pusht_env("image")
+    table = pusht.make_env("image")
     panels = [("pusht-image, 96 x 96", table.reset(seed=3)[0]["image"])]
     for name, env in (
         ("metaworld-hammer", manipulation.MetaWorld("hammer", "points")),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path.append(str(ROOT / "benchmark"))
 
 import baselines
 from rivals import consistency, diffusion

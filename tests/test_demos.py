@@ -18,7 +18,7 @@ import zarr
 
 import demos
 import envs
-import manipulation
+import pusht
 
 TASK = envs.TASKS["pusht"]
 
@@ -97,13 +97,13 @@ def test_every_format_gives_the_same_demonstrations(form, pusht_arrays, tmp_path
     assert data.episode_ends.tolist() == [40, 65, 98]
     np.testing.assert_array_equal(data.actions, pusht_arrays["action"])
     state = pusht_arrays["state"].astype(np.float64)
-    np.testing.assert_array_equal(data.obs["state"], manipulation.pusht_state(state[:, :2], state[:, 2:]).astype(np.float32))
+    np.testing.assert_array_equal(data.obs["state"], pusht.keypoint_state(state[:, :2], state[:, 2:]).astype(np.float32))
     assert str(path) in data.source
 
 
 def test_demonstrations_that_come_with_the_project_end_with_the_block_on_its_goal():
     data = load("embedded")
-    goal = manipulation.pusht_state(np.zeros((1, 2)), np.array([[256, 256, np.pi / 4]]))[:, :18]
+    goal = pusht.keypoint_state(np.zeros((1, 2)), np.array([[256, 256, np.pi / 4]]))[:, :18]
     ends = data.obs["state"][data.episode_ends - 1, :18]
     miss = np.linalg.norm((ends - goal).reshape(-1, 9, 2), axis=-1).mean(1)  # pixels; at most 11 in the published data
     assert miss.max() < 25

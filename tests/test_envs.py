@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-pusht = pytest.importorskip("gym_pusht.envs.pusht")
+gym_pusht = pytest.importorskip("gym_pusht.envs.pusht")
 
 import envs
-import manipulation
+import pusht
 
 TO = 2
 SEEDS = [100_000, 7, 50_003]
@@ -36,11 +36,11 @@ def put_block_on_goal(table) -> None:
 
 
 def test_chunks_equal_gym_pusht_step_by_step():
-    ours, theirs = make(3), [pusht.PushTEnv(obs_type="state") for _ in SEEDS]
+    ours, theirs = make(3), [gym_pusht.PushTEnv(obs_type="state") for _ in SEEDS]
     obs = ours.reset(SEEDS)
     states = [table.reset(seed=seed)[0] for table, seed in zip(theirs, SEEDS, strict=True)]
     starts = np.array(states)
-    np.testing.assert_array_equal(obs["state"][:, -1], manipulation.pusht_state(starts[:, :2], starts[:, 2:]).astype(np.float32))
+    np.testing.assert_array_equal(obs["state"][:, -1], pusht.keypoint_state(starts[:, :2], starts[:, 2:]).astype(np.float32))
     rng, best = np.random.default_rng(0), [0.0] * 3
     coverage = [table._get_coverage() for table in theirs]
     for _ in range(12):
@@ -59,13 +59,13 @@ def test_chunks_equal_gym_pusht_step_by_step():
             assert abs(reward[i] - (0.1 * (coverage[i] - before) / 0.95 + terminated)) < 1e-12  # and 1 for success
             assert done[i] == info["success"][i] == terminated and not late[i]
         now = np.array(states)
-        np.testing.assert_array_equal(obs["state"][:, -1], manipulation.pusht_state(now[:, :2], now[:, 2:]).astype(np.float32))
+        np.testing.assert_array_equal(obs["state"][:, -1], pusht.keypoint_state(now[:, :2], now[:, 2:]).astype(np.float32))
     assert (np.abs(now - starts)[:, 2:4].max(1) > 5).all()  # every block was pushed: the parity is one of contacts too
     assert max(best) > 0
 
 
 def test_success_ends_the_episode_in_the_middle_of_a_chunk():
-    ours, theirs = make(2), pusht.PushTEnv(obs_type="state")
+    ours, theirs = make(2), gym_pusht.PushTEnv(obs_type="state")
     ours.reset([1, 2])
     theirs.reset(seed=1)
     put_block_on_goal(tables(ours)[0])
@@ -84,7 +84,7 @@ def test_success_ends_the_episode_in_the_middle_of_a_chunk():
 
 def test_keypoints_of_a_known_pose():
     # A quarter turn takes (x, y) to (-y, x). The first keypoint in the T's frame is (9.26979, 90.04097).
-    state = manipulation.pusht_state(np.array([[10.0, 20.0], [10.0, 20.0]]), np.array([[100, 200, np.pi / 2], [100, 200, 0]]))
+    state = pusht.keypoint_state(np.array([[10.0, 20.0], [10.0, 20.0]]), np.array([[100, 200, np.pi / 2], [100, 200, 0]]))
     np.testing.assert_allclose(state[0, :2], [100 - 90.04097, 200 + 9.26979], atol=1e-9)
     np.testing.assert_allclose(state[1, :2], [100 + 9.26979, 200 + 90.04097], atol=1e-9)
     np.testing.assert_allclose(state[:, 18:], [[10, 20], [10, 20]])
@@ -97,7 +97,7 @@ def test_keypoints_lie_on_the_simulators_block():
     env = make(len(SEEDS))
     obs = env.reset(SEEDS)["state"][:, -1]
     for table, state in zip(tables(env), obs, strict=True):
-        block = pusht.pymunk_to_shapely(table.block, table.block.shapes)
+        block = gym_pusht.pymunk_to_shapely(table.block, table.block.shapes)
         distances = [block.distance(shapely.geometry.Point(*point)) for point in state[:18].reshape(9, 2)]
         assert max(distances) < 3, distances
         np.testing.assert_allclose(state[18:], np.array(table.agent.position), rtol=1e-6)
@@ -170,7 +170,7 @@ def test_mirror_is_a_symmetry_of_the_physics():
     state = np.array([[200.0, 330.0, 250.0, 240.0, 0.4]])
     walk = np.cumsum(rng.normal(0, 12, (40, 2)), 0)
     actions = np.clip(walk + np.array([230.0, 280.0]), 100, 400)
-    twin = manipulation.pusht_mirror({"state": state, "action": actions})
+    twin = pusht.mirror({"state": state, "action": actions})
     end = []
     for start, pushes in ((state, actions), (twin["state"], twin["action"])):
         table = PushTEnv(obs_type="state")
@@ -181,7 +181,7 @@ def test_mirror_is_a_symmetry_of_the_physics():
             last, *_ = table.step(push)
         end.append((last, table._get_coverage()))
     assert np.abs(end[0][0][2:4] - state[0, 2:4]).max() > 5, "the block was never touched"
-    mirrored = manipulation.pusht_mirror({"state": end[0][0][None], "action": actions})["state"][0]
+    mirrored = pusht.mirror({"state": end[0][0][None], "action": actions})["state"][0]
     difference = mirrored - end[1][0]
     difference[4] = (difference[4] + np.pi) % (2 * np.pi) - np.pi
     assert np.abs(difference).max() < 0.5

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_MLP
 
-sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path.append(str(ROOT / "benchmark"))
 
 import latency
 

@@ -12,6 +12,7 @@ from conftest import ROOT
 import demos
 import envs
 import manipulation
+import pusht
 import vector
 from policy import Policy, PolicyConfig
 
@@ -31,7 +32,7 @@ needs_metaworld = pytest.mark.skipif(not drawing(), reason="metaworld is not ins
 
 
 def test_a_picture_of_push_t_shows_the_same_episode_as_the_numbers():
-    seeing, knowing = manipulation.pusht_env("image"), manipulation.pusht_env()
+    seeing, knowing = pusht.make_env("image"), pusht.make_env()
     obs, _ = seeing.reset(seed=3)
     state, _ = knowing.reset(seed=3)
     for _ in range(5):
@@ -91,7 +92,7 @@ def test_demonstrations_with_pictures_are_mapped_not_read(tmp_path, monkeypatch)
 
 
 def test_embedded_states_are_drawn_one_by_one(tmp_path):
-    manipulation.record_pusht_images(tmp_path / "a.npz", episodes=1)
+    pusht.record_images(tmp_path / "a.npz", episodes=1)
     with np.load(tmp_path / "a.npz") as file:
         pictures, state = file["img"], file["state"]
     assert len(pictures) == len(state)
@@ -105,7 +106,7 @@ def test_embedded_states_are_drawn_one_by_one(tmp_path):
 def test_pictures_of_another_type_are_refused():
     arrays = {"img": np.zeros((3, 96, 96, 3), np.float32), "state": np.zeros((3, 5)), "action": np.zeros((3, 2))}
     with pytest.raises(ValueError, match="img holds float32; pictures must be uint8"):
-        manipulation.pusht_image_demos(arrays)
+        pusht.image_demos(arrays)
 
 
 def test_robomimics_name_of_the_actions_will_do():

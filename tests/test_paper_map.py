@@ -83,7 +83,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     """(script, flags) of every command in a text that runs a script of ours, comments and backslashes taken out."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
-        match = re.search(r"(?:python|torchrun)\b[^#&|;]*?\b(\w+)\.py\b([^#&|;\n]*)", line)
+        match = re.search(r"(?:python|torchrun)\b[^#&|;]*?(?<![\w/])(\w+)\.py\b([^#&|;\n]*)", line)
         if match and match[1] in OURS:
             found.append((match[1], shlex.split(match[2])))
     return found
@@ -131,6 +131,7 @@ LEAVES = ["drift", "encoders", "pointcloud", "demos", "common", "vector", "rotat
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     "manipulation": {"pointcloud"},
+    "pusht": {"manipulation"},
     "locomotion": {"manipulation", "vector"},
     "cubes": {"manipulation"},
     "blockpush": {"manipulation"},  # drawing, and the writer of recorded episodes
@@ -146,6 +147,7 @@ MAY_IMPORT = {
     "envs": {
         "vector",
         "manipulation",
+        "pusht",
         "locomotion",
         "blockpush",
         "cubes",

@@ -28,7 +28,7 @@ from policy import Policy
 from robot_ur5 import Config, Snapshot, Stopwatch, limits_of, patience_of, stop_together
 from ur5_motion import ArmState, Chunk, Fault, Pilot, Trajectory
 
-sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path.append(str(ROOT / "benchmark"))
 from robot import waving_policy
 
 try:

@@ -9,7 +9,7 @@ import pytest
 import tyro
 from conftest import ROOT
 
-sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT)]
+sys.path.append(str(ROOT / "benchmark"))
 
 from benchmark import paper, table
 
