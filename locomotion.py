@@ -158,7 +158,7 @@ class Locomotion:
                     start[None], warm[None], controls[i : i + 1, rows], states[i : i + 1, rows], None, None,
                 )  # fmt: skip
                 start, warm = states[i, rows][-1], data.qacc_warmstart
-                if pieces > 1:
+                if self.body.moves_by_xpos:
                     forward[i, piece] = data.xpos[1, 0]
             self.warm[i] = warm
 
