@@ -101,7 +101,19 @@ LOCOMOTION = {
             "anchor": 0.1,
         },
     ),
-    "ant": ({"action_steps": 1, "cond_width": 128, "width": 64}, {}),
+    "ant": (
+        {"action_steps": 1, "cond_width": 128, "width": 64},
+        {
+            "env_steps": 2_000_000,
+            "decisions": 50,
+            "minibatch": 500,
+            "clip": 0.2,
+            "target_kl": 0.05,
+            "sigma_start": 0.1,
+            "anchor": 0.1,
+            "eval_every": 50,
+        },
+    ),
 }
 
 
