@@ -1,6 +1,7 @@
 """DBP beside its rivals: the same network, data, normaliser, windows, clock and evaluation; only the objective differs.
 
     python benchmark/baselines.py --demos PATH/pusht_cchi_v7_replay.zarr       all six, 3 seeds, 160 s each: 100 minutes
+    python benchmark/baselines.py --demos PATH --seconds 240 --clock cpu       README's: beside other work, 50 minutes per seed
     python benchmark/baselines.py --demos PATH --only dbp diffusion --seeds 0       one pair: 9 minutes
     python benchmark/baselines.py --demos PATH --only diffusion --seconds 1600      diffusion with ten times DBP's time
     python benchmark/baselines.py --demos PATH --steps 200 --seeds 0                does every objective run? no row is written
@@ -240,7 +241,7 @@ def draw(rows: list[dict], path: Path) -> None:
     left.legend(fontsize=8)
     right.set(xscale="log", xlabel="milliseconds per chunk, batch 1", ylabel="score, 100 unseen starts")
     right.set_title("what a chunk costs, and what it is worth", fontsize=10)
-    right.margins(x=0.15)  # room for the names
+    right.margins(x=0.25)  # room for the names
     for ax in (left, right):
         ax.grid(alpha=0.3)
         ax.xaxis.set_major_formatter("{x:g}")

@@ -57,11 +57,12 @@ def cells() -> list[Cell]:
         f"not run yet: `{name}`" for name in ("baselines.py", "studies.py", "pointcloud.py --tasks adroit")
     )
     two = "two of its tasks"
+    minutes = "four minutes of training on one processor"
     twin = "a simulated twin that is told where the object is; scripted experts"
     return [
         Cell("I", "Push-T, image", 0.89, missing=NO_TIME),
         Cell("I", "Push-T, low-dim", 0.87, mean("pusht.jsonl", group="human-best")),
-        Cell("I", "... Diffusion Policy, 100 steps", 0.85, mean("baselines.jsonl", method="ddpm-100"), rivals),
+        Cell("I", "... Diffusion Policy, 100 steps", 0.85, mean("baselines.jsonl", method="ddpm-100"), rivals, minutes),
         Cell("I", "BlockPush, mean of P1, P2", 0.43, None if None in push else sum(push) / 2, differs="our own table, no arm"),
         Cell("I", "RoboMimic, low-dim", 0.92, mean("robomimic.jsonl"), differs=scripted),
         Cell("I", "RoboMimic, image", 0.87, missing=NO_TIME),

@@ -63,34 +63,10 @@ def of_json(script, command: str, table: Callable[[dict], str]) -> Table:
     return Table(script.RESULTS.name, command, (), lambda: table(json.loads(script.RESULTS.read_text())))
 
 
-def first_comparison(rows: list[dict]) -> str:
-    """DBP beside 100-step diffusion as benchmark/diffusion.py of commit ac13063 gave it, one line of numbers per policy."""
-    row = rows[-1]
-    what = f"human demonstrations, {row['training_s']} s of training, seed {row['seed']}"
-    lines = [
-        f"| policy, {what} (commit ac13063, whose `fast` had B = 128) | score, 100 episodes | "
-        "95 % interval | success | one chunk, p50 | network calls |",
-        "|---|---|---|---|---|---|",
-    ]
-    names = {"dbp": "DBP, `fast`", "dbp_std1": "DBP, `fast`, latents of std 1"}
-    names["diffusion"] = f"diffusion, DDPM, {row['diffusion_steps']:,} steps of 256"
-    for key, name in names.items():
-        one, (low, high) = row[key], row[key]["score_ci95"]
-        numbers = f"{one['score']:.3f} | {low:.3f} to {high:.3f} | {one['success_rate']:.2f} | {one['latency_ms_p50']:.2f} ms"
-        lines.append(f"| {name} | {numbers} | {one['nfe']} |")
-    return "\n".join(lines)
-
-
 COST, GROWTH = "benchmark/drift_cost.py", drift_cost.growth_table
 TABLES: dict[str, Table] = {
     "pusht": of_rows(pusht, "benchmark/pusht.py --human PATH", "group"),
-    "diffusion": Table(
-        "diffusion.jsonl",
-        "benchmark/diffusion.py --demos PATH",  # of the commit in the table's head
-        (),
-        lambda: first_comparison(record.read(RESULTS / "diffusion.jsonl")),
-    ),
-    "baselines": of_rows(baselines, "benchmark/baselines.py --demos PATH", "method", "seconds", "lr", "backbone"),
+    "baselines": of_rows(baselines, "benchmark/baselines.py --demos PATH --seconds 240 --clock cpu", "method", "seconds", "lr", "backbone"),
     "studies": of_rows(studies, "benchmark/studies.py --human PATH", "setting"),
     "latency": of_json(latency, "benchmark/latency.py --released PATH", latency.table),
     "scale": of_json(scale, "benchmark/scale.py", scale.table),

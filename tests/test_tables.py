@@ -35,7 +35,7 @@ def test_every_file_of_raw_results_is_named_where_the_numbers_come_from():
     files = [path.name for path in (ROOT / "benchmark" / "results").iterdir()]
     assert [name for name in files if f"results/{name}" not in document] == []
     for script in re.findall(r"`python (benchmark/\w+\.py)", document):
-        assert (ROOT / script).is_file() or script == "benchmark/diffusion.py", script  # that one is of an earlier commit
+        assert (ROOT / script).is_file(), script
 
 
 def commands() -> list[tuple[str, str]]:
@@ -48,8 +48,6 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("script", "flags"), commands(), ids=[" ".join(command) for command in commands()])
 def test_every_command_is_accepted(script, flags):
-    if script == "diffusion":
-        return  # of the commit that its table names
     if script == "ppo_flow":
         config = importlib.import_module("dbpo_finetune").Config
     elif "class Config" not in (ROOT / "benchmark" / f"{script}.py").read_text():
