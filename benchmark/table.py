@@ -66,7 +66,9 @@ def of_json(script, command: str, table: Callable[[dict], str]) -> Table:
 COST, GROWTH = "benchmark/drift_cost.py", drift_cost.growth_table
 TABLES: dict[str, Table] = {
     "pusht": of_rows(pusht, "benchmark/pusht.py --human PATH", "group"),
-    "baselines": of_rows(baselines, "benchmark/baselines.py --demos PATH --seconds 240 --clock cpu", "method", "seconds", "lr", "backbone"),
+    "baselines": of_rows(
+        baselines, "benchmark/baselines.py --demos PATH --seconds 240 --clock cpu", "method", "seconds", "lr", "backbone"
+    ),
     "studies": of_rows(studies, "benchmark/studies.py --human PATH", "setting"),
     "latency": of_json(latency, "benchmark/latency.py --released PATH", latency.table),
     "scale": of_json(scale, "benchmark/scale.py", scale.table),
