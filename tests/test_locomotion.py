@@ -5,6 +5,7 @@ import warnings
 import gymnasium
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import locomotion
 
@@ -56,3 +57,13 @@ def test_equals_gymnasium_step_by_step(body, Ta):
                 last[i], total[i] = theirs[i].reset(seed=int(seeds[i]))[0], 0.0
     assert falls > 1 or body == "halfcheetah"
     assert limits > 0 or body != "halfcheetah"
+
+
+@pytest.mark.parametrize(("body", "medium"), [("hopper", 1_420), ("walker2d", 2_841), ("halfcheetah", 4_563), ("ant", 3_162)])
+def test_embedded_behaviour_earns_what_its_readme_says(body, medium):
+    with np.load(ROOT / "data" / f"{body}.npz") as file:
+        weights = {name.removeprefix("medium_"): x for name, x in file.items() if name.startswith("medium_")}
+    arrays, ends, seeds, returns = locomotion.roll_out(body, locomotion.Behaviour(weights), 1, seed_start=9_000_000, num_envs=8)
+    assert len(ends) == len(seeds) == len(returns) == 8
+    assert arrays["observations"].shape[1] == locomotion.OBS_DIMS[body][0]
+    assert 0.6 * medium < np.mean(returns) < 1.4 * medium
