@@ -2,9 +2,9 @@
 
     python data/make_locomotion.py --body hopper         a quarter of an hour on one core
 
-Plain PPO, one action per decision, on the fast environments of locomotion.py. Every so often the stochastic policy is rolled out, as
-for D4RL's "medium" data; the snapshot whose mean return is nearest to theirs is kept as `medium`, the best one as `expert`. The
-file holds both as plain arrays in float16. locomotion.record_locomotion draws the demonstrations from it.
+Plain PPO, one action per decision, on the fast environments of locomotion.py. Every so often the stochastic policy is rolled
+out, as for D4RL's "medium" data; the snapshot whose mean return is nearest to theirs is kept as `medium`, the best one as
+`expert`. The file holds both as plain arrays in float16. locomotion.record_locomotion draws the demonstrations from it.
 """
 
 from __future__ import annotations
