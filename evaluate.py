@@ -109,9 +109,7 @@ def interval95(x: np.ndarray) -> tuple[float, float]:
 def latency(policy: Policy, calls: int = 200) -> tuple[np.ndarray, int]:
     """Milliseconds of single policy calls, batch 1, observation in and action out, after 20 warm-up calls; and the
     number of network passes that one call was seen to make (NFE)."""
-    c = policy.config
-    types = {key: np.uint8 if kind(shape) == "image" else np.float32 for key, shape in c.obs_shapes.items()}
-    obs = {key: np.zeros((1, c.obs_steps, *shape), types[key]) for key, shape in c.obs_shapes.items()}
+    obs = policy.blank_obs()
     passes = 0
 
     def count(*_):

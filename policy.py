@@ -332,6 +332,13 @@ class Policy(nn.Module):
         """
         return self.config.latent_scale * torch.randn(self._latent_shape(batch), generator=generator)
 
+    def blank_obs(self) -> dict[str, np.ndarray]:
+        """Zeros, as one environment would give them: {key: (1, To, ...)}, pictures uint8, the rest float32."""
+        return {
+            key: np.zeros((1, self.config.obs_steps, *shape), np.uint8 if kind(shape) == "image" else np.float32)
+            for key, shape in self.config.obs_shapes.items()
+        }
+
     def _latent_shape(self, batch: int) -> tuple[int, ...]:
         c = self.config
         return (batch, *((c.candidates,) if c.candidates > 1 else ()), c.horizon, c.action_dim)

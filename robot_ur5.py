@@ -273,10 +273,7 @@ class Graph:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common type
             raise ValueError(f"--graph {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-        self.policy, generator = policy, torch.Generator().manual_seed(0)
-        obs = {}
-        for key, shape in policy.config.obs_shapes.items():
-            obs[key] = np.zeros((1, policy.config.obs_steps, *shape), np.uint8 if kind(shape) == "image" else np.float32)
+        self.policy, generator, obs = policy, torch.Generator().manual_seed(0), policy.blank_obs()
         same = [each.name for each in self.session.get_inputs()] == [*obs, "z"]
         for _ in range(5 if same else 0):
             z = policy.sample_latents(1, generator)
