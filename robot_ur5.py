@@ -14,7 +14,7 @@ are not: a certified safety function. Set the safety limits of the controllers f
 Two processes and one clock (monotonic, shared by both):
 
     policy    newest pictures and states -> observation -> one network call -> way-points with times (Chunk), at its own rate
-    servo     every control period: newest way-points -> limits -> one command for each arm (ur5_motion.Pilot)
+    servo     every control period: newest way-points -> limits -> one command for each arm (ur5_motion.Pilot) -> new states
 
 A late or dead policy cannot stall the servo, which goes on along its way-points and stops when they are too old. A stage ends at
 
@@ -32,6 +32,7 @@ import gc
 import json
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -482,8 +483,16 @@ class Worker:
         except UserError as error:
             raise Fault(f"the policy does not start: {error}") from error
 
-    def chunks(self) -> list[Chunk]:
-        """Those that came since the last call. Raises Fault where the policy failed or died."""
+    def chunks(self, until: float) -> list[Chunk]:
+        """Those that came since the last call, and the next one if it comes by `until` (monotonic, s).
+
+        Raises Fault where the policy failed or died.
+        """
+        found = self.arrived()  # answers to earlier states
+        select.select([self.connection], [], [], max(0.0, until - time.monotonic()))  # its own poll counts in whole milliseconds
+        return found + self.arrived()
+
+    def arrived(self) -> list[Chunk]:
         found = []
         try:
             while self.connection.poll():
@@ -540,6 +549,16 @@ def end_unless_called_again(seconds: float) -> None:
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
 
+LEAD = 0.0005  # s before a command is due that it is worked out at the latest; what takes longer makes it late
+
+
+def wait_until(due: float) -> None:
+    """due: monotonic, s. The last moments are waited through awake: a sleep ends when the system pleases."""
+    time.sleep(max(0.0, due - LEAD - time.monotonic()))
+    while time.monotonic() < due:
+        pass
+
+
 def fly(
     cfg: Config,
     arms: list,
@@ -564,34 +583,37 @@ def fly(
         worker.start()
         began = due = pilot.last = pilot.captured = time.monotonic()
         while True:
+            # The next command is worked out as soon as the policy answers to the last state, or shortly before it is due: so it
+            # leaves on time, and a state becomes a command within a period where the policy is quick enough.
             due += period
-            pause = due - time.monotonic()
-            if pause > 0:
-                time.sleep(pause)
-            now = time.monotonic()
-            if now - due > period:  # late by whole periods: they are counted, and not made up for
-                skipped = int((now - due) / period)
+            chunks = worker.chunks(due - LEAD)
+            woke = time.monotonic()
+            if woke - due > period:  # late by whole periods: they are counted, and not made up for
+                skipped = int((woke - due) / period)
                 watch.missed += skipped
                 due += skipped * period
-            watch.ticks.append(now)
-            if cfg.robot and now - switched > 0.5:
-                switched = now
+            if cfg.robot and woke - switched > 0.5:
+                switched = woke
                 end_unless_called_again(3.0)
             if signals:
                 return "stopped by the operator"
-            if now - began > cfg.seconds:
+            if woke - began > cfg.seconds:
                 return "time is up"
+            goes = max(woke, due)  # when it will be sent
             states = [arm.state() for arm in arms]
-            snapshot.write(now, states, twin.cell.data.qpos if twin else np.zeros(0))  # first: the policy waits for it
-            for chunk in worker.chunks():
-                pilot.take(now, chunk)
+            for chunk in chunks:
+                pilot.take(goes, chunk)
                 watch.took(chunk)
                 if not moving:  # nothing will follow the way-points, so each is looked at now
                     for q in chunk.q:
                         pilot.limits.check(q, bases, "a way-point of the policy")
-            command = pilot.tick(now, states)
+            command = pilot.tick(goes, states)
             if not moving:
-                pilot.hold(now)
+                pilot.hold(goes)
+            prepared = time.monotonic() - woke
+            wait_until(due)
+            now = time.monotonic()
+            watch.ticks.append(now)
             for arm, row in zip(arms, command, strict=True) if moving else ():
                 if not pilot.chunks:
                     arm.kick_watchdog()  # nothing to do yet
@@ -603,7 +625,10 @@ def fly(
                 arm.grip(row[6])
             watch.sent(time.monotonic())
             ended = twin.advance(now) if twin else ""
-            watch.work.append(time.monotonic() - now)
+            states = [arm.state() for arm in arms]
+            arrived = min(state.time for state in states)
+            snapshot.write(arrived, states, twin.cell.data.qpos if twin else np.zeros(0))  # the policy waits for it
+            watch.work.append(prepared + time.monotonic() - now)
             if ended:
                 return ended
     finally:

@@ -5,7 +5,7 @@ encode          through the encoders
 policy          through the rest of the network, and to way-points in joints
 command         until the first command after they arrived has been sent
 after capture   the last three together          end to end    all four
-servo jitter    |time between two periods - period|          servo work    from waking up to having sent
+servo jitter    |time between two periods - period|          servo work    of a period, the twin's physics included
 camera <name>   grabbing (in the twin: drawing) and shrinking one picture
 """
 

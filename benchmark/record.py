@@ -40,5 +40,15 @@ def stamp() -> dict:
 
 
 def machine() -> str:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
+    """Processors, their model and generation, and how many of them share a core: an "AMD EPYC" alone may be any of ten years."""
+    info = Path("/proc/cpuinfo")
+    fields = [line.split(":", 1) for line in info.read_text().splitlines() if ":" in line] if info.is_file() else []
+    values = {name.strip(): value.strip() for name, value in fields}
+    if "model name" not in values:
+        return platform.processor()
+    count, names = sum(name.strip() == "processor" for name, _ in fields), f"{values['model name']}"
+    if "cpu family" in values:
+        names += f" (family {values['cpu family']})"
+    siblings = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
+    threads = "hyperthreads" if siblings.is_file() and siblings.read_text().strip() != "0" else "cores"
+    return f"{count} {threads}, {names}"

@@ -402,7 +402,8 @@ class Waves:
         self.began = time.monotonic()
         self.homes = np.stack([home(0), home(1)])
 
-    def chunks(self) -> list[Chunk]:
+    def chunks(self, until: float) -> list[Chunk]:
+        time.sleep(max(0.0, until - time.monotonic()))
         now = time.monotonic()
         if now - self.last < 0.02:
             return []
