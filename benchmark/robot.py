@@ -107,7 +107,7 @@ def times_table(rows: list[dict]) -> str:
         after, whole = (row["latency_ms"][name] for name in ("after capture", "end to end"))
         lines.append(
             f"| {policy} | {row['servo_hz']:.1f} Hz | {100 * row['missed_share']:.2f} %{earlier} | "
-            f"{row['policy_hz']:.1f} | {after[0]:.1f} / {after[2]:.1f} ms | {whole[0]:.1f} / {whole[2]:.1f} ms | {row['load']} |"
+            f"{row['policy_hz']:.1f} | {after[0]:.2f} / {after[2]:.2f} ms | {whole[0]:.2f} / {whole[2]:.2f} ms | {row['load']} |"
         )
     return "\n".join(lines)
 
