@@ -127,7 +127,7 @@ def test_the_parser_of_this_test_refuses_unknown_flags():
 
 # --- import directions ------------------------------------------------------------------------------------------------
 
-LEAVES = ["drift", "encoders", "pointcloud", "demos", "common", "vector", "rotations"]
+LEAVES = ["drift", "encoders", "pointcloud", "demos", "common", "vector", "rotations", "replay"]
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     "manipulation": {"pointcloud"},
@@ -160,7 +160,7 @@ MAY_IMPORT = {
     "evaluate": {"encoders", "policy", "demos", "envs", "vector", "common"},
     "dbp_train": {"drift", "encoders", "demos", "envs", "common", "policy", "evaluate"},
     "dbpo_finetune": {"encoders", "envs", "vector", "common", "policy", "evaluate"},
-    "dfp_finetune": {"drift", "encoders", "demos", "envs", "vector", "common", "policy", "evaluate"},
+    "dfp_finetune": {"drift", "encoders", "demos", "envs", "vector", "common", "policy", "evaluate", "replay"},
 }
 
 
