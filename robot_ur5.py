@@ -550,11 +550,12 @@ def end_unless_called_again(seconds: float) -> None:
 
 
 LEAD = 0.0005  # s before a command is due that it is worked out at the latest; what takes longer makes it late
+AWAKE = 0.00015  # s before a command is due that nobody sleeps any more
 
 
 def wait_until(due: float) -> None:
     """due: monotonic, s. The last moments are waited through awake: a sleep ends when the system pleases."""
-    time.sleep(max(0.0, due - LEAD - time.monotonic()))
+    time.sleep(max(0.0, due - AWAKE - time.monotonic()))
     while time.monotonic() < due:
         pass
 
