@@ -104,7 +104,7 @@ class Config:
     noise_color: float = 0.0  # 0: independent noise at each step; above, low frequencies dominate; DEPARTS Eq. (12)
     mean_log_prob: bool = False  # DEPARTS Eq. (13), as released: log-prob averaged over coordinates, floored at -2
 
-    eval_every: int = 25  # iterations between evaluations; the best by score is kept
+    eval_every: int = 25  # iterations between evaluations; of those within a standard error of the best the newest is kept
     eval_episodes: int = 20  # episodes of such an evaluation, starts from seed 50,000 on
     report_episodes: int = 100  # episodes of the final one, starts from seed 100,000 on
     save_every: int = 25  # iterations between saves of state.pt
@@ -475,11 +475,15 @@ def main() -> None:
         return f"{' and '.join(files) or 'Nothing'} was saved before."
 
     def evaluation() -> dict[str, float]:
-        """Centre of the actor, fresh latents, no noise; the best becomes the checkpoint."""
+        """Centre of the actor, fresh latents, no noise. The newest policy that is as good as the best becomes the checkpoint.
+
+        As good: to within the standard error of its score. The highest of many scores of like policies is the luckiest one, and
+        may lie far back, where less was learned than the score can tell.
+        """
         nonlocal best
         row = evaluate.select(policy, task, cfg.eval_episodes)
-        if row["score"] > best:
-            best = row["score"]
+        best = max(best, row["score"])
+        if row["score"] + (row["score_high"] - row["score"]) / 1.96 >= best:
             policy.save(out / "dbpo.pt")
         return row
 

@@ -284,7 +284,8 @@ TASKS = {
         demo_mirror=pusht.mirror,
         # Success is rare and late: large batches, small noise that lasts for a chunk, slim latents (dbpo_finetune.py, Config).
         finetune={
-            "env_steps": 4_000_000,
+            "env_steps": 8_000_000,
+            "gamma": 0.97,
             "num_envs": 32,
             "decisions": 80,
             "minibatch": 640,
