@@ -46,7 +46,7 @@ from policy import EMA, Policy, PolicyConfig
 NETWORKS = {"fast": "mlp", "paper": "unet"}  # preset -> backbone
 PER_ROUND = 10  # calls of every one-step path in a round, in which diffusion is called once
 LONGEST_TURN = 2.0  # seconds; slower paths get fewer calls: a bfloat16 that the processor emulates takes a minute
-TEMPERATURE_NAMES = ("R_list", "temperatures", "taus")  # of the argument in drift losses that are public
+TEMPERATURE_NAMES = ("temp_schedule", "R_list", "temperatures", "taus")  # of the argument in drift losses that are public
 LEAST_ROUNDS = 5  # however slow a path is
 
 
@@ -196,7 +196,7 @@ def released_loss(folder: str) -> tuple[Callable, str]:
     """The drift loss in a clone of the authors' code, and its place in it.
 
     The loss: generated (B, G, S), positives (B, 1, S), temperatures -> (B,). It is looked for by name, a function of a file's top
-    level with `drift` and `loss` in it, and must give the gradient of ours to 1e-3. Raises ImportError with the reasons where
+    level with `loss` and `drift` or `dbp` in it, and must give the gradient of ours to 1e-3. Raises ImportError with the reasons where
     none does.
     """
     candidates, reasons = [], []
@@ -205,7 +205,7 @@ def released_loss(folder: str) -> tuple[Callable, str]:
             functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
         except (SyntaxError, UnicodeDecodeError):
             continue
-        names = [node.name for node in functions if "drift" in node.name and "loss" in node.name]
+        names = [node.name for node in functions if "loss" in node.name and any(word in node.name for word in ("drift", "dbp"))]
         candidates += [(path, name) for name in names if not name.startswith("test")]
     sys.path.insert(0, folder)
     for path, name in candidates:
@@ -224,7 +224,7 @@ def released_loss(folder: str) -> tuple[Callable, str]:
         if apart < 1e-3:
             return loss, place
         reasons.append(f"{place}: its gradient differs from ours by {apart:.1e}")
-    raise ImportError("; ".join(reasons) or f"no function with `drift` and `loss` in its name under {folder}")
+    raise ImportError("; ".join(reasons) or f"no function with `loss` and `drift` or `dbp` in its name under {folder}")
 
 
 def adapt(function: Callable, temperatures_name: str) -> Callable:
@@ -255,8 +255,8 @@ def make_step(
 ) -> Callable:
     """One training step on a random minibatch, from the draw to the averaged weights.
 
-    as_released: as codes of Diffusion Policy's family arrange it: the condition repeated for every hypothesis before the network
-    sees it, the optimiser not fused, the average taken weight by weight.
+    as_released: as the authors arrange it (github.com/YuxuanGao0822/DBPO): the condition repeated for every hypothesis before the
+    network sees it, the optimiser not fused, the average taken weight by weight, after every tenth step.
     """
     config, B, G = make_config(train), train.batch_size, train.hypotheses
     policy = Policy(config).to(device).train()
@@ -278,11 +278,11 @@ def make_step(
         loss(generated, expert, train.temperatures).mean().backward()
         torch.nn.utils.clip_grad_norm_(weights, train.grad_clip)
         optimizer.step()
-        if as_released:
+        if as_released and count % 10 == 0:
             with torch.no_grad():
                 for average, weight in zip(averages, weights, strict=True):
                     average.mul_(train.ema_max_decay).add_(weight, alpha=1 - train.ema_max_decay)
-        else:
+        elif not as_released:
             ema.update(count)
         count += 1
         if device != "cpu":

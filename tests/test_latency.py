@@ -37,7 +37,7 @@ def test_a_clone_without_a_loss_that_fits_is_refused_with_reasons(tmp_path):
     with pytest.raises(ImportError, match=r"no_such_package.*wrong\.py:drift_loss: its gradient differs from ours by 1\.0"):
         latency.released_loss(str(tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ImportError, match="no function with `drift` and `loss`"):
+    with pytest.raises(ImportError, match="no function with `loss` and `drift` or `dbp`"):
         latency.released_loss(str(tmp_path / "empty"))
 
 
