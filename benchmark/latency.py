@@ -196,8 +196,8 @@ def released_loss(folder: str) -> tuple[Callable, str]:
     """The drift loss in a clone of the authors' code, and its place in it.
 
     The loss: generated (B, G, S), positives (B, 1, S), temperatures -> (B,). It is looked for by name, a function of a file's top
-    level with `loss` and `drift` or `dbp` in it, and must give the gradient of ours to 1e-3. Raises ImportError with the reasons where
-    none does.
+    level with `loss` and `drift` or `dbp` in it, and must give the gradient of ours to 1e-3. Raises ImportError with the reasons
+    where none does.
     """
     candidates, reasons = [], []
     for path in sorted(Path(folder).rglob("*.py")):
