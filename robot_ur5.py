@@ -489,7 +489,11 @@ class Worker:
         Raises Fault where the policy failed or died.
         """
         found = self.arrived()  # answers to earlier states
-        select.select([self.connection], [], [], max(0.0, until - time.monotonic()))  # its own poll counts in whole milliseconds
+        pause = max(0.0, until - time.monotonic())
+        if os.name == "posix":
+            select.select([self.connection], [], [], pause)  # the connection's own poll counts in whole milliseconds
+        else:
+            self.connection.poll(pause)
         return found + self.arrived()
 
     def arrived(self) -> list[Chunk]:
@@ -550,14 +554,7 @@ def end_unless_called_again(seconds: float) -> None:
 
 
 LEAD = 0.0005  # s before a command is due that it is worked out at the latest; what takes longer makes it late
-AWAKE = 0.00015  # s before a command is due that nobody sleeps any more
-
-
-def wait_until(due: float) -> None:
-    """due: monotonic, s. The last moments are waited through awake: a sleep ends when the system pleases."""
-    time.sleep(max(0.0, due - AWAKE - time.monotonic()))
-    while time.monotonic() < due:
-        pass
+AWAKE = 0.00015  # s before a command is due that nobody sleeps any more: a sleep ends when the system pleases
 
 
 def fly(
@@ -589,18 +586,12 @@ def fly(
             due += period
             chunks = worker.chunks(due - LEAD)
             woke = time.monotonic()
-            if woke - due > period:  # late by whole periods: they are counted, and not made up for
-                skipped = int((woke - due) / period)
-                watch.missed += skipped
-                due += skipped * period
             if cfg.robot and woke - switched > 0.5:
                 switched = woke
                 end_unless_called_again(3.0)
-            if signals:
-                return "stopped by the operator"
             if woke - began > cfg.seconds:
                 return "time is up"
-            goes = max(woke, due)  # when it will be sent
+            goes = max(woke, due)  # when it will be sent, at the earliest
             states = [arm.state() for arm in arms]
             for chunk in chunks:
                 pilot.take(goes, chunk)
@@ -612,9 +603,20 @@ def fly(
             if not moving:
                 pilot.hold(goes)
             prepared = time.monotonic() - woke
-            wait_until(due)
-            now = time.monotonic()
+
+            # The time until it is due may be most of a period: a last look at what happened meanwhile, then it leaves.
+            time.sleep(max(0.0, due - AWAKE - time.monotonic()))
+            if signals:
+                return "stopped by the operator"
+            states = [arm.state() for arm in arms]
+            while (now := time.monotonic()) < due:
+                pass
+            pilot.look(now, states)
             watch.ticks.append(now)
+            if now - due > period:  # late by whole periods: they are counted, and not made up for
+                skipped = int((now - due) / period)
+                watch.missed += skipped
+                due += skipped * period
             for arm, row in zip(arms, command, strict=True) if moving else ():
                 if not pilot.chunks:
                     arm.kick_watchdog()  # nothing to do yet
@@ -627,8 +629,7 @@ def fly(
             watch.sent(time.monotonic())
             ended = twin.advance(now) if twin else ""
             states = [arm.state() for arm in arms]
-            arrived = min(state.time for state in states)
-            snapshot.write(arrived, states, twin.cell.data.qpos if twin else np.zeros(0))  # the policy waits for it
+            snapshot.write(time.monotonic(), states, twin.cell.data.qpos if twin else np.zeros(0))  # the policy waits for it
             watch.work.append(prepared + time.monotonic() - now)
             if ended:
                 return ended

@@ -350,12 +350,19 @@ class Pilot:
         if late < count:
             self.chunks, self.joined = self.chunks + 1, now
 
-    def tick(self, now: float, states: list[ArmState]) -> np.ndarray:
-        """Joints and grip (2, 7) to command for the coming period. Raises Fault instead of a command that must not be sent."""
-        gap, self.last = now - self.last, now
+    def look(self, now: float, states: list[ArmState]) -> None:
+        """Before a command is worked out, and again as it leaves. Raises Fault where the loop stood still since, or an arm must
+        not go on (measure)."""
+        gap = now - self.last
         if gap > self.patience.tick:
             raise Fault(f"the servo loop stood still for {gap:.3f} s")
         self.measure(now, states)
+
+    def tick(self, now: float, states: list[ArmState]) -> np.ndarray:
+        """Joints and grip (2, 7) to command for the period that begins now, or soon. Raises Fault instead of a command that must
+        not be sent."""
+        self.look(now, states)
+        self.last = now
         if now - self.captured > self.patience.policy:
             raise Fault(f"the policy has seen nothing newer than {now - self.captured:.2f} s")
         here, want = self.trajectory.at(now), self.trajectory.at(now + self.period)

@@ -403,9 +403,10 @@ class Waves:
         self.homes = np.stack([home(0), home(1)])
 
     def chunks(self, until: float) -> list[Chunk]:
-        time.sleep(max(0.0, until - time.monotonic()))
+        time.sleep(0.001)
         now = time.monotonic()
         if now - self.last < 0.02:
+            time.sleep(max(0.0, until - now))
             return []
         self.last = now
         times = now + 0.1 * np.arange(1, 5)

@@ -314,6 +314,61 @@ def test_a_flight_without_faults_does_not_stop():
     assert Flight(0).run(lambda flight, chunk: chunk, 0.5, 1.5) == (np.inf, "")
 
 
+class Quick:
+    """In the policy's place: answers at once that both arms stay, so that every command waits for most of its period."""
+
+    def __init__(self):
+        self.period = 0
+
+    def start(self) -> None:
+        pass
+
+    def chunks(self, until: float) -> list[Chunk]:
+        self.period += 1
+        now = time.monotonic()
+        return [Chunk(now, now, now, now, now + 0.1 * np.arange(1, 5), np.repeat(HOMES[None], 4, 0), np.zeros((4, 2)))]
+
+
+@pytest.mark.parametrize(
+    ("event", "why", "last", "missed"),
+    [
+        ("protective stop", "the left arm: protective stop", 9, 0),
+        ("stall", "stood still", 9, 0),
+        ("signal", "stopped by the operator", 9, 0),
+        ("late", "time is up", None, 1),
+    ],
+)
+def test_what_happens_while_a_command_waits_is_noticed_before_it_leaves(event, why, last, missed, monkeypatch):
+    cell, worker, signals, sent, reads = ur5_twin.Cell("", time.monotonic), Quick(), [], [], []
+    arm, watch = cell.arms[0], Stopwatch(0.008)
+    state, servo = arm.state, arm.servo_joints
+
+    def read():
+        reads.append(worker.period)
+        seen = state()
+        if reads.count(10) == 1 and worker.period == 10:  # after the state that period 10's command is worked out from
+            if event == "signal":
+                signals.append(2)
+            if event == "protective stop":
+                arm.fail(event)
+        if reads.count(10) == 2 and worker.period == 10:  # as it waits
+            time.sleep({"stall": 0.25, "late": 1.6 * 0.008}.get(event, 0))
+        return seen
+
+    monkeypatch.setattr(arm, "state", read)
+    monkeypatch.setattr(arm, "servo_joints", lambda q: (sent.append(worker.period), servo(q)))
+    snapshot, config = Snapshot(np.zeros(Snapshot.HEAD)), Config(sim=True, frequency=125, seconds=0.4)
+    try:
+        end = robot_ur5.fly(config, cell.arms, worker, snapshot, watch, None, signals, 0.1)
+    except Fault as fault:
+        end = str(fault)
+    assert why in end
+    if last:
+        assert max(sent) == last
+    else:
+        assert max(sent) > 20 and missed <= watch.missed <= missed + 2  # this machine may add its own
+
+
 def test_the_first_target_must_be_near():
     flight = Flight(0)
     chunk = flight.chunk(0.0)
