@@ -54,7 +54,7 @@ def cells() -> list[Cell]:
     suite = sorted({row["task"] for row in record.read(RESULTS / "robomimic.jsonl")})
     scripted = f"{', '.join(suite)}; demonstrations of scripted experts, not humans"
     rivals, studies, adroit = (
-        f"not run yet: `{name}`" for name in ("baselines.py", "studies.py", "pointcloud.py --tasks adroit")
+        f"not run yet: `{name}`" for name in ("baselines.py", "studies.py", "pointcloud.py --tasks adroit --adroit PATH")
     )
     two = "two of its tasks"
     minutes = "four minutes of training on one processor"

@@ -53,6 +53,7 @@ class Table:
     command: str  # that made them
     group: tuple[str, ...]  # keys that name a row's number; seeds of the same names are averaged
     text: Callable[[], str]  # the table in Markdown
+    keep: Callable[[dict], bool] = lambda row: True  # rows of the file that are this table's
 
 
 def of_rows(script, command: str, *group: str) -> Table:
@@ -70,7 +71,7 @@ TABLES: dict[str, Table] = {
         baselines, "benchmark/baselines.py --demos PATH --seconds 240 --clock cpu", "method", "seconds", "lr", "backbone"
     ),
     "studies": of_rows(studies, "benchmark/studies.py --human PATH", "setting"),
-    "latency": of_json(latency, "benchmark/latency.py --released PATH", latency.table),
+    "latency": of_json(latency, "benchmark/latency.py --networks fast --released PATH", latency.table),
     "scale": of_json(scale, "benchmark/scale.py", scale.table),
     "drift-share": of_json(drift_cost, COST, drift_cost.share_table),
     "drift-growth-G": of_json(drift_cost, COST, lambda result: GROWTH(result, "G", 64, 32)),
@@ -90,13 +91,18 @@ TABLES: dict[str, Table] = {
     "robomimic": of_rows(robomimic, "benchmark/robomimic.py", "task"),
     "blockpush": of_rows(blockpush, "benchmark/blockpush.py", "who"),
     "robot-times": Table(
-        robot.RESULTS.name, "benchmark/robot.py", ("what",), lambda: robot.times_table(record.read(robot.RESULTS))
+        robot.RESULTS.name,
+        "benchmark/robot.py",
+        ("policy",),
+        lambda: robot.times_table(record.read(robot.RESULTS)),
+        lambda row: row["what"] == "times",
     ),
     "robot-tasks": Table(
         robot.RESULTS.name,
-        "benchmark/robot.py --train lift can transport",
+        "benchmark/robot.py --experts 50 --train lift can transport",
         ("what", "task"),
         lambda: robot.tasks_table(record.read(robot.RESULTS)),
+        lambda row: row["what"] != "times",
     ),
     "latent-scale": of_json(latent_scale, "benchmark/latent_scale.py --ckpt PATH", latent_scale.table),
 }
@@ -123,7 +129,7 @@ def provenance() -> str:
     lines = ["| table | number | command | commit | hardware | seeds | date | raw results |", "|---" * 8 + "|"]
     for name, table in TABLES.items():
         path = RESULTS / table.file
-        rows = record.read(path) if path.suffix == ".jsonl" else []
+        rows = [row for row in record.read(path) if table.keep(row)] if path.suffix == ".jsonl" else []
         if not path.is_file():
             lines.append(f"| {name} | not run yet | `python {table.command}` | | | | | |")
         elif not rows:
