@@ -5,7 +5,8 @@
 
 Seeds {0, 1, 2}; final scores over 100 starts that no choice has seen (seeds 100,000 on). Lines go to benchmark/results/dbpo.jsonl
 with the evaluations of the training, (environment steps, seconds, score); a line that is there is not run again, a run that was
-cut is resumed. Stage 1 of each task and seed is trained once and shared by its groups, where they run in one checkout. Picture: benchmark/pictures/dbpo.png.
+cut is resumed. Stage 1 of each task and seed is trained once and shared by its groups, where they run in one checkout.
+Picture: benchmark/pictures/dbpo.png.
 """
 
 from __future__ import annotations

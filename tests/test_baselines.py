@@ -165,7 +165,7 @@ LEARNS = {  # objective: (steps, share of the samples that must lie at the exper
     DBP: (300, 0.9),
     Diffusion: (300, 0.9),
     Flow: (300, 0.8),
-    MeanFlow: (250, 0.6),
+    MeanFlow: (800, 0.6),
     Consistency: (400, 0.6),
     BehaviourCloning: (100, None),
 }

@@ -467,23 +467,29 @@ def test_above_the_kl_limit_the_actor_rests_and_the_critic_goes_on(finetune):
     assert steps(state["critic_optimizer"]) == 3 * 2 * 4
 
 
-def test_the_best_evaluation_is_kept(finetune, monkeypatch, tmp_path):
-    scores, judged = iter([5.0, 7.0, 6.0, 7.0]), []  # of the pretrained policy and after each iteration
+def row_of(score: float, error: float = 0.5) -> dict[str, float]:
+    """An evaluation with that standard error."""
+    return {"score": score, "score_high": score + 1.96 * error}
+
+
+@pytest.mark.parametrize(("last", "newest"), [(7.1, 3), (6.6, 3), (6.4, 1)])
+def test_of_evaluations_as_good_as_the_best_the_newest_is_kept(finetune, monkeypatch, tmp_path, last, newest):
+    scores, judged = iter([5.0, 7.0, 6.0, last]), []  # of the pretrained policy and after each iteration
 
     def select(policy, task, episodes):
         judged.append({name: value.clone() for name, value in policy.state_dict().items()})
-        return {"score": next(scores)}
+        return row_of(next(scores))
 
     monkeypatch.setattr(dbpo_finetune.evaluate, "select", select)
-    assert finetune("--eval-every", "1")["best"] == 7
+    assert finetune("--eval-every", "1")["best"] == max(7, last)
     kept = Policy.load(tmp_path / "out" / "dbpo.pt").state_dict()
     same = [all(torch.equal(value, weights[name]) for name, value in kept.items()) for weights in judged]
-    assert same == [False, True, False, False]
+    assert same == [i == newest for i in range(4)]
 
 
 def test_a_resumed_run_still_knows_its_best(finetune, monkeypatch, tmp_path):
     scores = iter([5.0, 9.0, 6.0, 7.0])
-    monkeypatch.setattr(dbpo_finetune.evaluate, "select", lambda *_: {"score": next(scores)})
+    monkeypatch.setattr(dbpo_finetune.evaluate, "select", lambda *_: row_of(next(scores)))
     with monkeypatch.context() as stopped, pytest.raises(SystemExit):
         stopped.setattr(dbpo_finetune, "catch_signals", lambda: [signal.SIGTERM])  # leaves after the first iteration
         finetune("--eval-every", "1")
