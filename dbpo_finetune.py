@@ -483,7 +483,8 @@ def main() -> None:
         nonlocal best
         row = evaluate.select(policy, task, cfg.eval_episodes)
         best = max(best, row["score"])
-        if row["score"] + (row["score_high"] - row["score"]) / 1.96 >= best:
+        error = (row["score_high"] - row["score"]) / evaluate.Z95
+        if row["score"] + error >= best:
             policy.save(out / "dbpo.pt")
         return row
 

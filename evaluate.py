@@ -37,6 +37,7 @@ from policy import Policy
 SELECTION_SEED = 50_000  # first start of the evaluations that choose a checkpoint
 REPORT_SEED = 100_000  # first start of the final evaluation
 COLUMNS = ["score", "score_low", "score_high", "success_rate"]  # of a training's log
+Z95 = 1.96  # standard errors in half of a normal 95 % interval
 FILMED = 3  # episodes shown next to each other in a GIF
 EXPORT_TOLERANCE = 1e-5  # of the actions' half range: float32 rounding stays below, a wrong graph does not
 
@@ -102,7 +103,7 @@ def rollout(policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int 
 
 def interval95(x: np.ndarray) -> tuple[float, float]:
     """Normal 95 % interval of the mean, (low, high); one episode tells nothing of the spread: (-inf, inf)."""
-    half = 1.96 * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else np.inf
+    half = Z95 * x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else np.inf
     return float(x.mean() - half), float(x.mean() + half)
 
 

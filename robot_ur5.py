@@ -497,6 +497,7 @@ class Worker:
         return found + self.arrived()
 
     def arrived(self) -> list[Chunk]:
+        """Those that lie in the pipe."""
         found = []
         try:
             while self.connection.poll():

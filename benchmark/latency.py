@@ -278,12 +278,12 @@ def make_step(
         loss(generated, expert, train.temperatures).mean().backward()
         torch.nn.utils.clip_grad_norm_(weights, train.grad_clip)
         optimizer.step()
-        if as_released and count % 10 == 0:
+        if not as_released:
+            ema.update(count)
+        elif count % 10 == 0:
             with torch.no_grad():
                 for average, weight in zip(averages, weights, strict=True):
                     average.mul_(train.ema_max_decay).add_(weight, alpha=1 - train.ema_max_decay)
-        elif not as_released:
-            ema.update(count)
         count += 1
         if device != "cpu":
             torch.cuda.synchronize()

@@ -46,9 +46,8 @@ def machine() -> str:
     values = {name.strip(): value.strip() for name, value in fields}
     if "model name" not in values:
         return platform.processor()
-    count, names = sum(name.strip() == "processor" for name, _ in fields), f"{values['model name']}"
-    if "cpu family" in values:
-        names += f" (family {values['cpu family']})"
+    count = sum(name.strip() == "processor" for name, _ in fields)
+    family = f" (family {values['cpu family']})" if "cpu family" in values else ""
     siblings = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
     threads = "hyperthreads" if siblings.is_file() and siblings.read_text().strip() != "0" else "cores"
-    return f"{count} {threads}, {names}"
+    return f"{count} {threads}, {values['model name']}{family}"
