@@ -284,7 +284,7 @@ TASKS = {
         demo_mirror=pusht.mirror,
         # Success is rare and late: large batches, small noise that lasts for a chunk, slim latents (dbpo_finetune.py, Config).
         finetune={
-            "env_steps": 8_000_000,
+            "env_steps": 12_000_000,
             "gamma": 0.97,
             "num_envs": 32,
             "decisions": 80,
