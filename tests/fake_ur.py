@@ -27,6 +27,8 @@ import numpy as np
 
 import robot_ur5
 import ur5_devices
+import ur5_policy
+import ur5_times
 from ur5_motion import Chunk, Fault, frames, tcp
 from ur5_twin import PERIOD, Cell, TwinArm, home
 
@@ -419,8 +421,8 @@ def flight(connection, hosts: list[str], config) -> None:
     arms = [ur5_devices.UR5Arm(host, config.armed, ur5_devices.ServoSettings(125), config.gripper) for host in hosts]
     connection.send("off")
     try:
-        snapshot = robot_ur5.Snapshot(np.zeros(robot_ur5.Snapshot.HEAD))
-        why = robot_ur5.fly(config, arms, Waves(), snapshot, robot_ur5.Stopwatch(0.008), None, [], 0.1)
+        snapshot = ur5_policy.Snapshot(np.zeros(ur5_policy.Snapshot.HEAD))
+        why = robot_ur5.fly(config, arms, Waves(), snapshot, ur5_times.Stopwatch(0.008), None, [], 0.1)
     except Fault as fault:
         why = str(fault)
     connection.send((why, time.monotonic()))

@@ -143,7 +143,8 @@ MAY_IMPORT = {
     "ur5_tasks": {"manipulation", "robomimic_tasks", "rotations", "ur5_motion", "ur5_twin"},
     "ur5_devices": {"rotations", "ur5_motion"},
     "ur5_times": {"ur5_motion"},
-    "robot_ur5": {"common", "encoders", "policy", "ur5_devices", "ur5_motion", "ur5_tasks", "ur5_times", "ur5_twin"},
+    "ur5_policy": {"common", "encoders", "policy", "ur5_devices", "ur5_motion", "ur5_tasks", "ur5_twin"},
+    "robot_ur5": {"common", "ur5_devices", "ur5_motion", "ur5_policy", "ur5_tasks", "ur5_times"},
     "envs": {
         "vector",
         "manipulation",

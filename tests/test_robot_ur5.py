@@ -21,12 +21,16 @@ import envs
 import robot_ur5
 import ur5_devices
 import ur5_motion
+import ur5_policy
 import ur5_tasks
+import ur5_times
 import ur5_twin
 from common import UserError
 from policy import Policy
-from robot_ur5 import Config, Snapshot, Stopwatch, limits_of, patience_of, stop_together
+from robot_ur5 import Config, limits_of, patience_of, stop_together
 from ur5_motion import ArmState, Chunk, Fault, Pilot, Trajectory
+from ur5_policy import Snapshot
+from ur5_times import Stopwatch
 
 sys.path.append(str(ROOT / "benchmark"))
 from robot import waving_policy
@@ -581,7 +585,7 @@ def test_the_report_counts_what_happened():
     assert stages["capture"] == [1.0] * 4 and stages["policy"] == [2.0] * 4 and stages["camera head"][3] == 20.0
     assert stages["end to end"] == pytest.approx([4 + 4.95, 4 + 9.405, 4 + 9.801, 4 + 9.9], abs=2e-3)
     assert report["servo_hz"] == 500 and report["missed_share"] == pytest.approx(10 / 1010, abs=1e-6)
-    assert "10 of 1,010 periods missed" in robot_ur5.table_text(report)
+    assert "10 of 1,010 periods missed" in ur5_times.table_text(report)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------------
@@ -632,7 +636,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     ]
     for config, message in cases:
         with pytest.raises(UserError, match=message):
-            robot_ur5.read_policy(config)
+            ur5_policy.read_policy(config)
 
 
 def test_an_exported_graph_stands_in_for_its_policy_alone(tmp_path):
@@ -644,7 +648,7 @@ def test_an_exported_graph_stands_in_for_its_policy_alone(tmp_path):
         other.normalize_action.half_range *= 1.01
     path = str(tmp_path / "policy.onnx")
     evaluate.export_onnx(policy, path)
-    graph = robot_ur5.Graph(path, policy)
+    graph = ur5_policy.Graph(path, policy)
     obs = {
         key: np.random.default_rng(0).normal(size=(1, 1, *shape)).astype(np.float32)
         for key, shape in policy.config.obs_shapes.items()
@@ -655,7 +659,7 @@ def test_an_exported_graph_stands_in_for_its_policy_alone(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"nothing")
     for wrong, mine, message in ((path, other, "is not an export"), (str(tmp_path / "broken.onnx"), policy, "cannot be read")):
         with pytest.raises(ValueError, match=message):
-            robot_ur5.Graph(wrong, mine)
+            ur5_policy.Graph(wrong, mine)
 
 
 # --- the real client against two fake controllers on loopback -----------------------------------------------------------
