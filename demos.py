@@ -203,6 +203,14 @@ def spool(path: Path, name: str, shape: tuple[int, ...], blocks: Iterable[np.nda
     return np.load(cache, mmap_mode="c")
 
 
+def both(path: Path, name: str, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """One after the other; pictures, which may be more than memory holds, in a file as above."""
+    if first.dtype != np.uint8:
+        return np.concatenate([first, second])
+    blocks = (part[i : i + 500] for part in (first, second) for i in range(0, len(part), 500))
+    return spool(path, name, (len(first) + len(second), *first.shape[1:]), blocks)
+
+
 def check_pieces(array: Path) -> None:
     """Raises ValueError for a piece of a zarr-2 array that was cut off. Blosc, the codec of the published data, decodes a cut
     piece to whatever lies in memory and says nothing; but its header tells the length."""
@@ -493,7 +501,7 @@ def load(
     label = f"{source} demonstrations ({origin}{path.name})" if source in ("embedded", "official", "scripted") else str(path)
     if mirror is not None:
         mirrored_obs, mirrored_actions = convert(mirror(arrays))
-        obs = {key: np.concatenate([value, mirrored_obs[key]]) for key, value in obs.items()}
+        obs = {key: both(path, f"{key}-mirror", value, mirrored_obs[key]) for key, value in obs.items()}
         actions, ends = np.concatenate([actions, mirrored_actions]), np.concatenate([ends, len(actions) + ends])
         label += ", and their mirror images"
     obs = {key: value if value.dtype == np.uint8 else np.ascontiguousarray(value, np.float32) for key, value in obs.items()}

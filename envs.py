@@ -314,6 +314,7 @@ TASKS["pusht-image"] = Task(
     make=partial(GymVector, partial(pusht.make_env, "image")),
     demo_arrays=("img", "state", "action"),
     demo_convert=pusht.image_demos,
+    demo_mirror=pusht.mirror,
     demo_record=pusht.record_images,
     demo_origin="the embedded states, drawn",
     train={"batch_size": 64, "steps": 6_000, "eval_every": 3_000},

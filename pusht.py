@@ -68,7 +68,8 @@ def mirror(arrays: Arrays) -> Arrays:
     """
     state, action = np.asarray(arrays["state"], np.float64), arrays["action"]
     agent, block, angle = 512 - state[:, 1::-1], 512 - state[:, 3:1:-1], np.pi / 2 - state[:, 4:]
-    return {"state": np.concatenate([agent, block, angle], -1), "action": 512 - action[:, ::-1]}
+    pictures = {"img": arrays["img"][:, ::-1, ::-1].swapaxes(1, 2)} if "img" in arrays else {}  # a view: they may fill a disk
+    return {"state": np.concatenate([agent, block, angle], -1), "action": 512 - action[:, ::-1], **pictures}
 
 
 def make_env(view: str = "state") -> gymnasium.Env:

@@ -186,3 +186,29 @@ def test_mirror_is_a_symmetry_of_the_physics():
     difference[4] = (difference[4] + np.pi) % (2 * np.pi) - np.pi
     assert np.abs(difference).max() < 0.5
     assert abs(end[0][1] - end[1][1]) < 0.01
+
+
+def test_mirrored_pictures_show_the_mirrored_state(tmp_path, monkeypatch):
+    state = np.array([[200.0, 330.0, 250.0, 240.0, 0.4], [60.0, 400.0, 140.0, 200.0, -2.5]])
+    pictures = []
+    for rows in (state, pusht.mirror({"state": state, "action": state[:, :2]})["state"]):
+        table = pusht.make_env("image")
+        table.reset(seed=0)
+        for row in rows:
+            table.agent.position, table.block.angle, table.block.position = row[:2].tolist(), float(row[4]), row[2:4].tolist()
+            for body in (table.agent, table.block):
+                table.space.reindex_shapes_for_body(body)
+            pictures.append(table._see(row[:2], row[2:])["image"])
+    pictures = np.stack(pictures)
+    arrays = {"img": pictures[:2], "state": state, "action": state[:, :2]}
+    mirrored = pusht.mirror(arrays)["img"]
+    apart = np.abs(mirrored.astype(int) - pictures[2:]).mean((1, 2, 3))
+    unlike = np.abs(pictures[:2].astype(int) - pictures[2:]).mean((1, 2, 3))
+    assert (apart < 0.2 * unlike).all(), "edges of one pixel may differ, places not"
+
+    monkeypatch.setattr(demos, "DATA", tmp_path)
+    path = tmp_path / "pusht-image.npz"
+    np.savez(path, **arrays, episode_ends=np.array([2]))
+    data = demos.load(str(path), "pusht-image", ("img", "state", "action"), pusht.image_demos, pusht.mirror)
+    assert (data.obs["image"] == np.concatenate([pictures[:2], mirrored])).all()
+    assert data.episode_ends.tolist() == [2, 4]
