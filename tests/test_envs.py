@@ -8,6 +8,7 @@ import pytest
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 gym_pusht = pytest.importorskip("gym_pusht.envs.pusht")
 
+import demos
 import envs
 import pusht
 
