@@ -25,6 +25,7 @@ GROUPS = {  # name: flags of dbp_train.py; HUMAN stands for --human
     "embedded-fast": ["--preset", "fast"],
     "human-fast": ["--preset", "fast", "--demos", "HUMAN"],
     "human-best": ["--preset", "best", "--demos", "HUMAN"],
+    "human-pictures": ["--env", "pusht-image", "--demos", "HUMAN"],
 }
 
 
