@@ -115,17 +115,18 @@ class Demos:
 
     def __post_init__(self):
         ends, n = self.episode_ends, len(self.actions)
-        if ends.ndim != 1 or ends.size == 0 or ends[0] < 1 or (np.diff(ends) < 1).any() or ends[-1] != n:
-            raise ValueError(
-                f"{self.source}: episode_ends must rise strictly from above 0 to the number of steps, {n}; it holds "
-                f"{ends.size} values, the last {ends.flat[-1] if ends.size else 'missing'}. Was the file copied whole?"
-            )
         for name, array in {"action": self.actions, **self.obs}.items():
             if len(array) != n:
                 raise ValueError(f"{self.source}: {name} has {len(array)} steps, action has {n}; they must be equal")
             if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
                 step = int(np.argwhere(~np.isfinite(array))[0, 0])
                 raise ValueError(f"{self.source}: {name} has NaN or infinity at step {step}; remove or mend that episode")
+        if ends.ndim != 1 or ends.size == 0 or ends[0] < 1 or (np.diff(ends) < 1).any() or ends[-1] != n:
+            raise ValueError(
+                f"{self.source}: episode_ends must rise strictly from above 0 to the number of steps, {n}; it holds "
+                f"{ends.size} values, the last {ends.flat[-1] if ends.size else 'missing'}. Was the file copied whole, and does "
+                "its last episode end with the file?"
+            )
 
 
 # --- readers: one small function per file format ----------------------------------------------------------------------
@@ -266,8 +267,8 @@ def read_robomimic(path: Path, group, names: Sequence[str]) -> tuple[Arrays, np.
     """
     numbers = sorted(int(name.removeprefix("demo_")) for name in group if name.removeprefix("demo_").isdecimal())
     episodes = [group[f"demo_{k}"] for k in numbers]
-    if not episodes:
-        raise ValueError(f"{path} holds no episodes data/demo_0, data/demo_1, ...")
+    if not episodes or not all(hasattr(episode, "keys") for episode in episodes):
+        raise ValueError(f"{path} holds no episodes data/demo_0, data/demo_1, ..., each a group of arrays")
 
     def find(episode, name: str):
         return episode["obs"][name] if "obs" in episode and name in episode["obs"] else episode.get(name)
@@ -499,20 +500,28 @@ def load(
         raise ValueError(f"{path} does not fit {task}: {error}") from error
     origin = f"{origin}: " if source in ("embedded", "scripted") and origin else ""
     label = f"{source} demonstrations ({origin}{path.name})" if source in ("embedded", "official", "scripted") else str(path)
-    if mirror is not None:
-        mirrored_obs, mirrored_actions = convert(mirror(arrays))
-        obs = {key: both(path, f"{key}-mirror", value, mirrored_obs[key]) for key, value in obs.items()}
-        actions, ends = np.concatenate([actions, mirrored_actions]), np.concatenate([ends, len(actions) + ends])
-        label += ", and their mirror images"
     obs = {key: value if value.dtype == np.uint8 else np.ascontiguousarray(value, np.float32) for key, value in obs.items()}
     data = Demos(obs, np.ascontiguousarray(actions, np.float32), np.asarray(ends, np.int64), label)
-    if "rewards" not in arrays:
+    if "rewards" in arrays:
+        rewards = arrays["rewards"]
+        if len(rewards) < len(data.actions):
+            raise ValueError(f"{label}: rewards has {len(rewards)} steps, action has {len(data.actions)}; they must be equal")
+        if not np.isfinite(rewards).all():
+            raise ValueError(f"{label}: rewards has NaN or infinity at step {int(np.argmin(np.isfinite(rewards)))}")
+        data = dataclasses.replace(data, returns=np.add.reduceat(rewards, [0, *data.episode_ends[:-1]]))
+    if mirror is None:
         return data
-    if len(arrays["rewards"]) < len(data.actions):
-        raise ValueError(
-            f"{label}: rewards has {len(arrays['rewards'])} steps, action has {len(data.actions)}; they must be equal"
-        )
-    return dataclasses.replace(data, returns=np.add.reduceat(arrays["rewards"], [0, *ends[:-1]]))
+    mirrored, mirrored_actions = convert(mirror(arrays))
+    return Demos(
+        {
+            key: both(path, f"{key}-mirror", value, mirrored[key].astype(value.dtype, copy=False))
+            for key, value in data.obs.items()
+        },
+        np.concatenate([data.actions, mirrored_actions.astype(np.float32)]),
+        np.concatenate([data.episode_ends, len(data.actions) + data.episode_ends]),
+        f"{label}, and their mirror images",
+        None if data.returns is None else np.tile(data.returns, 2),
+    )
 
 
 def holds_policy(path: Path) -> bool:

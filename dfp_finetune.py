@@ -330,8 +330,6 @@ def offline_data(cfg: Config, task: envs.Task) -> tuple[demos.Demos, np.ndarray,
     data = demos.load(cfg.demos, cfg.env, task.demo_arrays, task.demo_convert, scripted=task.demo_scripted, **made)
     if task.demo_rewards is not None:
         return data, *task.demo_rewards(data.obs)
-    if data.returns is not None:
-        raise ValueError(f"{cfg.env}: its reward is not success; dfp_finetune.py takes tasks that end with success")
     success = np.zeros(len(data.actions), bool)
     success[data.episode_ends - 1] = True  # every demonstration ends with it
     return data, success - 1.0, success
@@ -345,6 +343,8 @@ def make_policy(cfg: Config, task: envs.Task, data: demos.Demos) -> Policy:
     if cfg.ckpt:
         start = Policy.load(cfg.ckpt)
         c = start.config
+        if c.candidates > 1:
+            raise UserError(f"--ckpt {cfg.ckpt} is a policy of this script; it takes one of stage 1. --resume goes on with a run")
         wanted = {"env": cfg.env, "obs_steps": 1, "horizon": cfg.horizon, "action_steps": cfg.horizon}
         differ = [f"{name} {getattr(c, name)} (here {value})" for name, value in wanted.items() if getattr(c, name) != value]
         if differ:
@@ -431,11 +431,15 @@ def main() -> None:
         task = envs.get_task(cfg.env)
         if set(map(kind, task.obs_shapes.values())) != {"state"}:
             raise ValueError(f"{cfg.env} has the observations {task.obs_shapes}; dfp_finetune.py takes tasks with states alone")
+        if not task.sparse:
+            raise ValueError(f"{cfg.env}: its reward is not success; dfp_finetune.py takes tasks that end with success")
     with plain_errors():
         data, rewards, terminated = offline_data(cfg, task)
         task.check(1)
         env = (task.make_training or task.make)(cfg.num_envs, 1)
         episodes = vector.Episodes(env, TRAIN_SEED, 1)
+    if task.demo_rewards is None:
+        print("rewards: -1 per step; the end of every demonstration is taken for its success")
     if not terminated.any():
         print("the task succeeds nowhere in these data: the critic can learn only that every step costs 1, until it does")
 
@@ -507,7 +511,13 @@ def main() -> None:
     def wall() -> float:  # seconds of this run, earlier sessions included
         return seconds + time.perf_counter() - began
 
+    def kept() -> str:  # for messages
+        files = [str(out / name) for name in ("dfp.pt", "state.pt") if (out / name).exists()]
+        return f"{' and '.join(files) or 'Nothing'} was saved before."
+
     def save_state() -> None:
+        if not all(torch.isfinite(weight).all() for weight in policy.parameters()):
+            raise UserError(f"step {step:,}: the weights are not finite. {kept()} Try a smaller --lr.")
         content = {
             "config": dataclasses.asdict(cfg),
             **learner.state(),
@@ -545,7 +555,12 @@ def main() -> None:
                 plans[deciding] = learner.acting.act(seen, generator=generator).cpu().numpy()
             at = [len(mine) % cfg.horizon for mine in recorder.rows]
             acted = plans[np.arange(cfg.num_envs), at]  #                          (N, Da)
-            final, reward, over, late, info = episodes.step(acted[:, None])
+            try:
+                final, reward, over, late, info = episodes.step(acted[:, None])
+            except vector.SimulationError as error:
+                raise UserError(f"step {step:,}: {error}. {kept()}") from error
+            if not np.isfinite(reward).all():
+                raise UserError(f"step {step:,}: the environment gave a reward that is not finite. {kept()}")
             reward = reward if task.demo_rewards is not None else info["success"] - 1.0
             before, after = (condition(policy, {key: value[:, 0] for key, value in obs.items()}) for obs in (observation, final))
             normalised = policy.normalize_action(torch.from_numpy(acted).to(device)).cpu().numpy()
@@ -567,9 +582,7 @@ def main() -> None:
         if step % LOG_EVERY < (cfg.num_envs if online else 1) or evaluating:
             row = {name: value.item() for name, value in records[-1].items()} if records else {}
             if any(not math.isfinite(value) for value in row.values()):
-                raise UserError(
-                    f"step {step:,}: a loss is not finite; {out / 'state.pt'} holds the last whole state. Try a smaller --lr"
-                )
+                raise UserError(f"step {step:,}: a loss is not finite. {kept()} Try a smaller --lr.")
             if successes:
                 row["episode_success"] = float(np.mean(successes))
                 shown["train"], successes = f"{row['episode_success']:.2f}", []

@@ -40,8 +40,9 @@ class Task:
     demo_scripted: bool = False  # ... it is a scripted expert, and demo_record takes episodes=N
     demo_expert: Callable[[Path, Path], None] | None = None  # (file to make, policy) the same with an expert policy that is given
     # For dfp_finetune.py. Observations -> reward and end of each step, as the environment would have given them; None: the reward
-    # is -1 per step until success, with which every demonstration ends.
+    # is -1 per step until success, with which every demonstration ends; where that does not hold, `sparse` is False.
     demo_rewards: Callable[[Arrays], tuple[np.ndarray, np.ndarray]] | None = None
+    sparse: bool = True
     shift: Callable[[dict, torch.Tensor], dict] | None = None  # the observation of a scene that stands elsewhere
     make_training: Callable[[int, int], object] | None = None  # the same for dbpo_finetune.py, where another is faster
     side_by_side: int = 100  # environments of an evaluation; one that draws takes 100 MB
@@ -130,6 +131,7 @@ def locomotion_task(body: str, level: str) -> Task:
         demo_convert=partial(locomotion.locomotion_demos, obs_dim=obs_dim, action_dim=action_dim),
         demo_record=partial(locomotion.record_locomotion, body=body, levels=level.split("-")),
         demo_origin="recorded with our own behaviour policy, not D4RL's",
+        sparse=False,
         # The spread in these data is the behaviour's noise, not a choice between ways to act: latents of std 0.2 act better
         # than 1, and the observation needs no noise, the data have enough.
         train={

@@ -230,8 +230,7 @@ class Deployed(nn.Module):
         self.policy = policy
 
     def forward(self, obs: dict[str, Tensor], z: Tensor) -> Tensor:
-        chunk = self.policy(obs, z.unsqueeze(1))[:, 0]
-        return self.policy.normalize_action.inverse(self.policy.executed(chunk))
+        return self.policy.deployed(obs, z)
 
 
 def typical_inputs(policy: Policy, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:

@@ -48,7 +48,7 @@ class Kitchen(gymnasium.Env):
 
                 gymnasium.register_envs(gymnasium_robotics)
                 self.sim = gymnasium.make("FrankaKitchen-v1").unwrapped
-        except ImportError as error:
+        except (ImportError, gymnasium.error.Error) as error:  # not there, or of another version
             raise ImportError(
                 f"Kitchen needs gymnasium-robotics: pip install -r requirements-simulators.txt ({error})"
             ) from error

@@ -335,7 +335,7 @@ class Adroit(Seen):
 
                 gymnasium.register_envs(gymnasium_robotics)
                 self.sim = gymnasium.make(f"AdroitHand{task.capitalize()}-v1").unwrapped
-        except ImportError as error:
+        except (ImportError, gymnasium.error.Error) as error:  # not there, or of another version
             raise ImportError(f"Adroit needs gymnasium-robotics: pip install -r requirements-simulators.txt ({error})") from error
         self.hand, self.view, self.camera = ADROIT[task], view, ADROIT[task].camera
         self.action_space = gymnasium.spaces.Box(-1, 1, (self.hand.actions,), np.float32)

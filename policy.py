@@ -378,11 +378,14 @@ class Policy(nn.Module):
             z = self.sample_latents(batch, generator)
         if z.shape != self._latent_shape(batch):
             raise ValueError(f"z has shape {tuple(z.shape)}; it must be {self._latent_shape(batch)}")
-        if c.candidates > 1:
-            cond = self.encode(tensors)
-            prefix = best_of(*self.propose(cond, z.to(device)))  #           (B, Ta, Da)
+        return self.deployed(tensors, z.to(device))
+
+    def deployed(self, obs: dict[str, Tensor], z: Tensor) -> Tensor:
+        """`act` without its checks: tensors alone, for an exported graph, too. z as sample_latents gives it -> (B, Ta, Da)."""
+        if self.config.candidates > 1:
+            prefix = best_of(*self.propose(self.encode(obs), z))  #                (B, Ta, Da)
         else:
-            prefix = self.executed(self(tensors, z.to(device).unsqueeze(1))[:, 0])
+            prefix = self.executed(self(obs, z.unsqueeze(1))[:, 0])
         return self.normalize_action.inverse(prefix.float())
 
     def propose(self, cond: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

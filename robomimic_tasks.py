@@ -295,19 +295,28 @@ def robomimic_demos(arrays: Arrays, task: str, absolute: bool, view: str) -> tup
     """
     scene = SCENES[task]
     if "env_args" in arrays:
-        check_file(json.loads(str(arrays["env_args"])), task, absolute)
+        try:
+            env_args = json.loads(str(arrays["env_args"]))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"its attribute env_args is not JSON: {error}") from error
+        check_file(env_args, task, absolute)
     if absolute and arrays.get("actions", np.zeros((0, 0))).shape[1:] == (7 * scene.arms,):
         arrays = {**arrays, "actions": to_network(np.asarray(arrays["actions"], np.float64), scene.arms)}
     return plain_demos(arrays, shapes(task, view), (10 if absolute else 7) * scene.arms)
 
 
-def check_file(env_args: dict, task: str, absolute: bool) -> None:
-    """env_args: what robomimic writes of the environment that a file was recorded in."""
-    name = env_args.get("env_name", SCENES[task].env)
+def check_file(env_args: object, task: str, absolute: bool) -> None:
+    """env_args: what robomimic writes of the environment that a file was recorded in, or whatever else is in its place."""
+
+    def entry(values: object, name: str) -> dict:
+        return (values.get(name) if isinstance(values, dict) else None) or {}
+
+    name = entry(env_args, "env_name") or SCENES[task].env
     if name != SCENES[task].env:
         raise ValueError(f"it was recorded in {name}, and this task is {SCENES[task].env}")
-    controller = env_args.get("env_kwargs", {}).get("controller_configs") or {}
-    arm = controller.get("body_parts", {}).get("right", controller)  # robosuite 1.5, or before
+    controller = entry(entry(env_args, "env_kwargs"), "controller_configs")
+    arm = entry(entry(controller, "body_parts"), "right") or controller  # robosuite 1.5, or before
+    arm = arm if isinstance(arm, dict) else {}
     if "control_delta" in arm or "input_type" in arm:
         found = not arm["control_delta"] if "control_delta" in arm else arm["input_type"] == "absolute"
         if found != absolute:

@@ -22,6 +22,8 @@ Errors are ValueError, ImportError with the pip line, or SimulationError where a
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -182,6 +184,7 @@ class GymVector:
         try:
             return call()
         except (EOFError, ConnectionError) as error:
+            self._kill()
             raise SimulationError(
                 f"a worker process of the environments died ({type(error).__name__}); see its output"
             ) from error
@@ -190,16 +193,28 @@ class GymVector:
 
     def record(self, which: Sequence[int]) -> None:
         self.recorded = list(which)
-        self.vector.call("record", tuple(which))
+        self._run(lambda: self.vector.call("record", tuple(which)))
 
     @property
     def frames(self) -> list[list[np.ndarray]]:
-        films = self.vector.get_attr("film")
+        films = self._run(lambda: self.vector.get_attr("film"))
         return [films[i] for i in self.recorded]
 
     def close(self) -> None:
-        self.vector.close()
+        try:
+            self.vector.close()
+        except (EOFError, ConnectionError):
+            self._kill()
+
+    def _kill(self) -> None:
+        """A worker is dead: so shall be the others. gymnasium's own close would wait for the answer of the dead one for ever."""
+        for process in getattr(self.vector, "processes", ()):
+            process.kill()
+        self.vector.closed = True
 
 
 def _chunked(make: Callable[[], gymnasium.Env], obs_steps: int, number: int) -> Chunked:
+    if multiprocessing.parent_process() is not None:  # a worker: Ctrl-C is its parent's to hear, who ends it with SIGTERM,
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # and handlers that it inherited would keep it alive
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return Chunked(make(), obs_steps, number)

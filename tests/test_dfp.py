@@ -1,13 +1,32 @@
 """dfp_finetune.py: the critics one by one, the positives, gradients, a toy to improve."""
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_MLP
 
+import dfp_finetune
+import envs
 from dfp_finetune import actor_loss, critic_loss, critic_target, top_k_positives
 from drift import drift_field
 from policy import Policy, PolicyConfig, QEnsemble, best_of
+
+# --- the data -----------------------------------------------------------------------------------------------------------
+
+
+def test_published_rewards_of_another_kind_give_way_to_success(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "door.hdf5"
+    with h5py.File(path, "w") as file:
+        for name, width in (("observations", 39), ("actions", 28)):
+            file[name] = rng.uniform(-1, 1, (12, width))
+        file["rewards"], file["terminals"] = rng.normal(size=12), np.zeros(12, bool)
+        file["timeouts"] = np.isin(np.arange(12), (4, 11))
+    cfg = dfp_finetune.Config(env="adroit-door", demos=str(path))
+    data, rewards, ends = dfp_finetune.offline_data(cfg, envs.get_task("adroit-door"))
+    assert len(data.actions) == 12
+    assert np.flatnonzero(ends).tolist() == [4, 11] and rewards.tolist() == (ends - 1.0).tolist()
+
 
 # --- the critics --------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """dfp_finetune.py as a command, on Push-T with tiny networks: files, numbers, kill and resume, rivals, bad input."""
 
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +18,8 @@ from conftest import ROOT, TINY_MLP
 from test_cli import flags, metrics, run, same, start
 from test_evaluate import CONTRACT
 
+import dfp_finetune
+import vector
 from common import load_checkpoint, run_main
 from dfp_finetune import main
 from policy import Policy, PolicyConfig
@@ -58,6 +62,7 @@ def work(tmp_path_factory) -> Path:
         steps = dict(zip(("obs_steps", "horizon", "action_steps"), sizes, strict=True))
         config = PolicyConfig(env="pusht", obs_shapes={"state": (20,)}, action_dim=2, **steps, **TINY_MLP)
         Policy(config).save(folder / f"{name}.pt")
+    Policy(dataclasses.replace(config, candidates=3)).save(folder / "dfp.pt")
     return folder
 
 
@@ -156,6 +161,34 @@ def test_the_rivals_run_on_the_same_path(method, work, pusht_npz, monkeypatch):
     assert json.loads((work / method / "result.json").read_text().splitlines()[-1])["method"] == method
 
 
+def test_what_fails_in_the_middle_leaves_what_was_saved(work, pusht_npz, monkeypatch, capsys):
+    def died(*_):
+        raise vector.SimulationError("a worker process died")
+
+    update = dfp_finetune.Learner.update
+
+    def broken(learner, *rest):
+        row = update(learner, *rest)
+        if next(updates) == 19:  # after the losses of the step that is saved
+            learner.actor_weights[0].data[0] = torch.nan
+        return row
+
+    monkeypatch.chdir(work)
+    for where, name, words in (
+        ((vector.Episodes, "step", died), "died", ("step 20: a worker process died.", "died/state.pt was saved before")),
+        ((dfp_finetune.Learner, "update", broken), "broken", ("the weights are not finite.", "broken/state.pt was saved before")),
+    ):
+        updates = itertools.count()
+        monkeypatch.setattr(sys, "argv", improve(pusht_npz, out=name))
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+            patch.setattr(*where)
+            run_main(main)
+        message = capsys.readouterr().err
+        assert left.value.code == 1 and all(part in message for part in words)
+        weights = load_checkpoint(work / name / "state.pt")["policy"]["weights"].values()
+        assert all(torch.isfinite(weight).all() for weight in weights)
+
+
 REFUSED = [
     ({"positives": 5}, 2, "K of N = 4"),
     ({"candidates": 1}, 2, "at least 2"),
@@ -163,8 +196,9 @@ REFUSED = [
     ({"env": "pusht-image"}, 2, "takes tasks with states alone"),
     ({"ckpt": "longer.pt"}, 1, "obs_steps 2 (here 1), horizon 16 (here 5)"),
     ({"ckpt": "none.pt"}, 1, "no checkpoint"),
+    ({"ckpt": "dfp.pt"}, 1, "it takes one of stage 1"),
     ({"horizon": 90}, 1, "no episode is as long as a chunk of 90 steps"),
-    ({"env": "hopper-medium-v2", "demos": "rewards.hdf5"}, 1, "its reward is not success"),
+    ({"env": "hopper-medium-v2", "demos": "rewards.hdf5"}, 2, "its reward is not success"),
 ]
 
 

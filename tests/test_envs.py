@@ -1,6 +1,7 @@
 """envs.py: Push-T against gym-pusht's own environment, step by step; observation, limits, history, film."""
 
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ gym_pusht = pytest.importorskip("gym_pusht.envs.pusht")
 import demos
 import envs
 import pusht
+import vector
 
 TO = 2
 SEEDS = [100_000, 7, 50_003]
@@ -161,6 +163,37 @@ def test_the_film_has_one_picture_per_step_of_the_chosen_episodes():
 def test_an_unknown_task_is_named():
     with pytest.raises(ValueError, match=r"'pushy'.*pusht"):
         envs.get_task("pushy")
+
+
+def test_a_dead_worker_is_an_error_in_words_and_nobody_waits_for_it():
+    for call in (lambda env: env.step(np.full((2, 8, 2), 250.0)), lambda env: env.record([0])):
+        env = vector.GymVector(pusht.make_env, 2, 1, processes=True)
+        env.reset([0, 1])
+        worker = env.vector.processes[1]
+        worker.kill()
+        worker.join()
+        with pytest.raises(vector.SimulationError, match="worker process of the environments died"):
+            call(env)
+        env.close()
+        for process in env.vector.processes:
+            process.join(5)
+            assert not process.is_alive()
+
+
+def test_a_worker_ends_at_the_first_sigterm_whatever_its_parent_does_with_signals():
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # as the scripts have, which save and leave
+    try:
+        env = vector.GymVector(pusht.make_env, 1, 1, processes=True)
+        env.reset([0])
+        (worker,) = env.vector.processes
+        os.kill(worker.pid, signal.SIGINT)  # Ctrl-C reaches all processes of a terminal
+        env.step(np.full((1, 8, 2), 250.0))
+        worker.terminate()
+        worker.join(5)
+        assert not worker.is_alive()
+        env.close()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_mirror_is_a_symmetry_of_the_physics():

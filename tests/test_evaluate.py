@@ -187,6 +187,7 @@ EXPORTED = {
     "unet": {"obs_shapes": {"state": (3,)}, **TINY_UNET},
     "camera": {"obs_shapes": {"robot": (4,), "image": (24, 24, 3)}},
     "cloud from the hand": {"obs_shapes": {"robot": (4,), "points": (30, 3)}, "cloud_origin": "robot"},
+    "dfp": {"obs_shapes": {"state": (3,)}, "candidates": 4, "critic_width": 8, "critic_depth": 2},
 }
 
 

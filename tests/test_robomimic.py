@@ -93,6 +93,25 @@ def test_files_that_do_not_fit_are_named(tmp_path, name, controller, changes, me
         read(robomimic_file(tmp_path / "a.hdf5", controller=controller, **changes), name)
 
 
+@pytest.mark.parametrize(
+    "env_args", ["[3]", "null", '{"env_kwargs": null}', '{"env_kwargs": {"controller_configs": [1]}}', "{", '{"env_kwargs": 7}']
+)
+def test_a_damaged_description_of_the_environment_is_an_error_in_words_or_none(tmp_path, env_args):
+    path = robomimic_file(tmp_path / "a.hdf5")
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["env_args"] = env_args
+    if env_args == "{":
+        with pytest.raises(ValueError, match="env_args is not JSON"):
+            read(path, "lift")
+    else:
+        assert len(read(path, "lift").actions) == 12
+    with h5py.File(path, "a") as file:
+        del file["data/demo_0"]
+        file["data/demo_0"] = np.zeros(3)
+    with pytest.raises(ValueError, match="each a group of arrays"):
+        read(path, "lift")
+
+
 def test_scripted_takes_a_number_and_a_task_that_has_an_expert(tmp_path, monkeypatch):
     monkeypatch.setattr(demos, "DATA", tmp_path)
     made = []
