@@ -233,13 +233,19 @@ def read_npz(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in names if name in file}
-            if "episode_ends" not in file and "terminals" in file:
-                return arrays, np.flatnonzero(file["terminals"]) + 1
-            return arrays, file["episode_ends"]
+            if "episode_ends" in file:
+                return arrays, file["episode_ends"]
+            ends = np.flatnonzero(file["terminals"]) + 1 if "terminals" in file else None
     except Exception as error:  # a damaged file fails in many ways, in zip, zlib or numpy; all mean the same
         raise ValueError(
             f"{path} is not a whole .npz with episode_ends and {', '.join(names)}: {error}. Copy it again."
         ) from error
+    if ends is None:
+        raise ValueError(
+            f"{path} does not say where its episodes end: it needs episode_ends, the number of the row behind each last step, or "
+            "terminals, true at each last step"
+        )
+    return arrays, ends
 
 
 def read_hdf5(path: Path, names: Sequence[str]) -> tuple[Arrays, np.ndarray]:

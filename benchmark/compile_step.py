@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import record
 import torch
 
 import envs
@@ -41,7 +42,7 @@ def main(rounds: int = 100) -> None:
             if round_ >= 10:
                 times[name].append(seconds)
     ratio = statistics.median(e / c for e, c in zip(times["eager"], times["compiled"], strict=True))
-    result = {"date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(), "first_call_s": first}
+    result = {**record.stamp(), "threads": torch.get_num_threads(), "first_call_s": first}
     result |= {f"{name}_ms": round(statistics.median(t) * 1e3, 2) for name, t in times.items()}
     result |= {"eager_over_compiled": round(ratio, 3)}
     print(json.dumps(result))

@@ -102,6 +102,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
+    record.check_known(cfg.only, GROUPS)
     done = {(row["group"], row["train_seed"]) for row in record.read(RESULTS)}
     jobs = [(g, s) for g in GROUPS for s in cfg.seeds if (g, s) not in done and cfg.only in ("", g)]
     for group, seed in [] if cfg.print else jobs:

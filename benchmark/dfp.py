@@ -65,7 +65,9 @@ def table(rows: list[dict]) -> str:
         "return, offline -> last | wall time |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for group in dict.fromkeys(row["group"] for row in rows):
+    for group in GROUPS:
+        if not any(row["group"] == group for row in rows):
+            lines.append(f"| {group} | - | not run | - | - | - | - | - |")
         mine = sorted((row for row in rows if row["group"] == group), key=lambda row: row["train_seed"])
         for row in mine:
             low, high = row["score_ci95"]
@@ -115,9 +117,8 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
-    unknown = [group for group in cfg.only if group not in GROUPS]
-    if unknown:
-        sys.exit(f"no group {unknown[0]!r}; there are {', '.join(GROUPS)}")
+    for group in cfg.only:
+        record.check_known(group, GROUPS)
     done = {(row["group"], row["train_seed"]) for row in record.read(RESULTS)}
     jobs = [(g, s) for g in cfg.only or GROUPS for s in cfg.seeds if (g, s) not in done]
     for group, seed in [] if cfg.print else jobs:

@@ -102,7 +102,7 @@ def call(rounds: int = 200) -> dict[str, float]:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    result = {"date": time.strftime("%Y-%m-%d"), "machine": record.machine(), "call": call(), "training": training_step()}
+    result = {**record.stamp(), "call": call(), "training": training_step()}
     (ROOT / "benchmark" / "results" / "encoding.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

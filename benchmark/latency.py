@@ -360,6 +360,8 @@ def main() -> None:
         torch.manual_seed(0)
         loss, place = None, "not asked for (--released PATH)"
         if cfg.released:
+            if not Path(cfg.released).is_dir():
+                sys.exit(f"error: --released {cfg.released}: there is no such folder")
             try:
                 loss, place = released_loss(cfg.released)
             except ImportError as error:

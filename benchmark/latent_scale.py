@@ -12,9 +12,9 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import record
 import tyro
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ def main() -> None:
         flags = ["--ckpt", cfg.ckpt, "--episodes", "200", "--seed-start", "300000", "--latent-scale", str(scale), "--json"]
         command = [sys.executable, "evaluate.py", *flags]
         row = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-        rows.append({"latent_scale": scale, "date": time.strftime("%Y-%m-%d"), "ckpt": Path(cfg.ckpt).parent.name, **row})
+        rows.append({"latent_scale": scale, **record.stamp(), "ckpt": Path(cfg.ckpt).parent.name, **row})
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import record
 import torch
 
 import envs
@@ -36,7 +37,7 @@ def main(steps: int = 5) -> None:
         ema.update(step)
         times.append(time.perf_counter() - start)
     result = {
-        "date": time.strftime("%Y-%m-%d"),
+        **record.stamp(),
         "parameters": sum(p.numel() for p in weights),
         "threads": torch.get_num_threads(),
     }

@@ -68,6 +68,8 @@ def main() -> None:
     if "adroit" in cfg.tasks and not cfg.adroit and not cfg.print:
         sys.exit("--tasks adroit needs --adroit, the folder of the published experts' npz files")
     every = [name for group in METAWORLD.values() for name in group]
+    for word in cfg.tasks:
+        record.check_known(word, ["eight", "all", "adroit", *every], "--tasks")
     names = [name for word in cfg.tasks for name in {"eight": EIGHT, "all": every, "adroit": []}.get(word, [word])]
     tasks = [f"metaworld-{name}" for name in names] + (["adroit-door", "adroit-pen"] if "adroit" in cfg.tasks else [])
     done = {(row["task"], row["train_seed"]) for row in record.read(RESULTS)}

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,12 @@ def run(script: str, out: Path, flags: list[str]) -> dict:
         print(" ".join(command), flush=True)
         subprocess.run(command, cwd=ROOT, check=True)
     return json.loads((out / "result.json").read_text().splitlines()[-1])
+
+
+def check_known(name: str, known: Iterable[str], flag: str = "--only") -> None:
+    """Leave with a line where somebody asks for what is not there; an empty name asks for all."""
+    if name and name not in known:
+        sys.exit(f"error: {flag} {name} is not known; there are {', '.join(known)}")
 
 
 def append(path: Path, key: dict, line: dict) -> None:

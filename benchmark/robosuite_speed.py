@@ -93,7 +93,7 @@ def loop(rounds: int = 100) -> dict[str, float]:
 
 
 def main() -> None:
-    result = {"date": time.strftime("%Y-%m-%d"), "machine": record.machine(), "step": loop(), "steps_per_second": vectors()}
+    result = {**record.stamp(), "step": loop(), "steps_per_second": vectors()}
     (ROOT / "benchmark" / "results" / "robosuite_speed.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

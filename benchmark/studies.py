@@ -81,6 +81,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
+    record.check_known(cfg.only, STUDIES)
     rows = record.read(RESULTS)
     done = {(row["setting"], row["train_seed"]) for row in rows}
     wanted = [setting for setting in SETTINGS if any(setting in STUDIES[s] for s in ([cfg.only] if cfg.only else STUDIES))]

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -17,6 +18,7 @@ from test_cli import assert_refused, flags, metrics, run, same, start, wait
 from test_evaluate import CONTRACT
 
 import envs
+import pusht
 from common import load_checkpoint, read_config, run_main
 from dbpo_finetune import PRESETS, Config, check, defaults, main
 from policy import Policy, PolicyConfig
@@ -68,6 +70,20 @@ def whole(work) -> Path:
     assert done.returncode == 0, done.stderr
     (work / "whole.stdout").write_text(done.stdout)
     return work / "whole"
+
+
+def test_pictures_are_fine_tuned_as_states_are(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"obs_steps": 2, "horizon": 4, "action_steps": 2, "image_dim": 4, **TINY_MLP}
+    Policy(PolicyConfig(env="pusht-image", obs_shapes=pusht.IMAGE_SHAPES, action_dim=2, **sizes)).save(tmp_path / "tiny.pt")
+    monkeypatch.chdir(tmp_path)
+    small = {"env": "pusht-image", "env_steps": 32, "num_envs": 2, "decisions": 4, "minibatch": 4, "eval_episodes": 1}
+    monkeypatch.setattr(sys, "argv", finetune(**small, critic_only=0, report_episodes=1, eval_every=9, out="pictures"))
+    main()
+    rows = metrics(tmp_path / "pictures")
+    before, after = (load_checkpoint(tmp_path / "pictures" / "state.pt")[name]["weights"] for name in ("pretrained", "policy"))
+    seeing = [name for name in before if name.startswith("encoder.images")]
+    assert float(rows[-1]["actor_updates"]) > 0 and any((before[name] != after[name]).any() for name in seeing)
 
 
 # --- a fine-tuning and its evaluation ---------------------------------------------------------------------------------
