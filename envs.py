@@ -356,6 +356,7 @@ TASKS["kitchen"] = Task(
     side_by_side=10,  # a model of 100 MB each
     demo_arrays=("observations/observation", "actions", "rewards", "observations_seq", "actions_seq"),
     demo_convert=kitchen.kitchen_demos,
+    sparse=False,  # not every demonstration ends with all four
     # To 2, Tp 16, Ta 8 are the defaults. SILENT: the rest is Push-T's, untried: the data could not be had here. The data hold the
     # noise of the sensors already.
     train={"steps": 30_000, "obs_noise": 0.01, "eval_every": 10_000, "eval_episodes": 20, "report_episodes": 50},

@@ -70,7 +70,7 @@ def rollout(policy: Policy, task: envs.Task, seeds: list[int], latent_seed: int 
         try:
             if film:
                 env.record(range(min(FILMED, N)) if filming else ())
-        except OSError as error:  # nothing can be drawn on this machine: numbers without pictures
+        except (OSError, vector.SimulationError) as error:  # nothing can be drawn here: numbers without pictures
             print(f"no film: {error}", file=sys.stderr)
         try:
             obs = env.reset(batch, range(len(batch)))

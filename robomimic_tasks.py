@@ -308,7 +308,7 @@ def robomimic_demos(arrays: Arrays, task: str, absolute: bool, view: str) -> tup
 def check_file(env_args: object, task: str, absolute: bool) -> None:
     """env_args: what robomimic writes of the environment that a file was recorded in, or whatever else is in its place."""
 
-    def entry(values: object, name: str) -> dict:
+    def entry(values: object, name: str) -> object:
         return (values.get(name) if isinstance(values, dict) else None) or {}
 
     name = entry(env_args, "env_name") or SCENES[task].env

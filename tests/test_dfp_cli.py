@@ -194,6 +194,7 @@ REFUSED = [
     ({"candidates": 1}, 2, "at least 2"),
     ({"temperatures": 0.0}, 2, "each must be above 0"),
     ({"env": "pusht-image"}, 2, "takes tasks with states alone"),
+    ({"env": "kitchen"}, 2, "its reward is not success"),
     ({"ckpt": "longer.pt"}, 1, "obs_steps 2 (here 1), horizon 16 (here 5)"),
     ({"ckpt": "none.pt"}, 1, "no checkpoint"),
     ({"ckpt": "dfp.pt"}, 1, "it takes one of stage 1"),
