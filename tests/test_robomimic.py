@@ -209,6 +209,23 @@ def test_the_expert_lifts_and_its_recording_trains(absolute, tmp_path, monkeypat
 
 
 @needs_robosuite
+@pytest.mark.parametrize("task", ["lift", "can", "square", "transport"])
+def test_the_experts_succeed_and_do_not_always_act_alike(task):
+    """Four episodes: three succeed at least, and the hand was turned in two ways, or the wrist set off to two sides."""
+    import scripted
+
+    env = rm.Robosuite(task, False, "state")
+    done, ways = [], []
+    for seed in range(4):
+        rows, success = scripted.episode(env, 5_000_000 + seed, shake=0.0)
+        done.append(success)
+        ways.append(np.concatenate([row["actions"][:6] for row in rows[:25]]))
+    env.close()
+    assert sum(done) >= 3
+    assert max(np.abs(ways[0] - way[: len(ways[0])]).max() for way in ways[1:]) > 0.5  # of commands in [-1, 1]
+
+
+@needs_robosuite
 def test_pictures_are_upright_and_of_the_scene():
     env = rm.Robosuite("lift", False, "image")
     try:
