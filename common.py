@@ -64,6 +64,12 @@ def run_main(main: Callable[[], None]) -> None:
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
+def saved_before(out: Path, *names: str) -> str:
+    """Which of these files a run has left in its folder, as a sentence for the message that ends it."""
+    files = [str(out / name) for name in names if (out / name).exists()]
+    return f"{' and '.join(files) or 'Nothing'} was saved before."
+
+
 def save_checkpoint(content: dict, path: str | Path) -> None:
     """Write `content` (tensors and plain values) to `path` in one atomic step.
 

@@ -45,6 +45,7 @@ from common import (
     read_config,
     run_main,
     save_checkpoint,
+    saved_before,
     seed_everything,
     start_process_group,
 )
@@ -407,10 +408,9 @@ def main() -> None:
         average_gradients(weights)
         norm = torch.nn.utils.clip_grad_norm_(weights, cfg.grad_clip)
         if not torch.isfinite(norm):
-            saved = " and ".join(str(out / name) for name in ("state.pt", "dbp.pt") if (out / name).exists())
             raise UserError(
                 f"the loss or its gradient is not finite at step {step:,}; stopped before the update. "
-                f"{saved or 'Nothing'} was saved before. Try a smaller --lr or --precision float32."
+                f"{saved_before(out, 'state.pt', 'dbp.pt')} Try a smaller --lr or --precision float32."
             )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)

@@ -33,6 +33,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -56,6 +57,7 @@ from common import (
     read_config,
     run_main,
     save_checkpoint,
+    saved_before,
     seed_everything,
     start_process_group,
 )
@@ -470,9 +472,7 @@ def main() -> None:
             }
             save_checkpoint(content, out / "state.pt")
 
-    def kept() -> str:  # for messages
-        files = [str(out / name) for name in ("dbpo.pt", "state.pt") if (out / name).exists()]
-        return f"{' and '.join(files) or 'Nothing'} was saved before."
+    kept = partial(saved_before, out, "dbpo.pt", "state.pt")  # for messages
 
     def evaluation() -> dict[str, float]:
         """Centre of the actor, fresh latents, no noise. The newest policy that is as good as the best becomes the checkpoint.

@@ -31,6 +31,7 @@ import math
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +53,7 @@ from common import (
     read_config,
     run_main,
     save_checkpoint,
+    saved_before,
     seed_everything,
     usable_device,
 )
@@ -511,9 +513,7 @@ def main() -> None:
     def wall() -> float:  # seconds of this run, earlier sessions included
         return seconds + time.perf_counter() - began
 
-    def kept() -> str:  # for messages
-        files = [str(out / name) for name in ("dfp.pt", "state.pt") if (out / name).exists()]
-        return f"{' and '.join(files) or 'Nothing'} was saved before."
+    kept = partial(saved_before, out, "dfp.pt", "state.pt")  # for messages
 
     def save_state() -> None:
         if not all(torch.isfinite(weight).all() for weight in policy.parameters()):

@@ -253,9 +253,8 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
-    unknown = set(cfg.only) - set(OBJECTIVES)
-    if unknown:
-        sys.exit(f"error: --only {' '.join(unknown)} is not known; there are {', '.join(OBJECTIVES)}")
+    for name in cfg.only:
+        record.check_known(name, OBJECTIVES)
     cfg = dataclasses.replace(cfg, device=str(evaluate.usable_device(cfg.device)))
     torch.set_num_threads(cfg.threads)
     source = Path(cfg.demos).name
