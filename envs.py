@@ -319,7 +319,7 @@ TASKS["pusht-image"] = Task(
     demo_mirror=pusht.mirror,
     demo_record=pusht.record_images,
     demo_origin="the embedded states, drawn",
-    train={"batch_size": 64, "steps": 16_000, "eval_every": 4_000, "mirror": True},
+    train={"batch_size": 64, "steps": 28_000, "eval_every": 7_000, "mirror": True},
 )
 TASKS["blockpush"] = Task(
     name="blockpush",
