@@ -161,7 +161,7 @@ def adroit_task(task: str, view: str) -> Task:
         demo_convert=partial(manipulation.adroit_demos, shapes=shapes, action_dim=actions),
         demo_expert=partial(manipulation.record_adroit, task=task, view=view),
         train={"obs_steps": 2, "horizon": 4, "action_steps": 3, "batch_size": 64, "steps": 3_000, "eval_every": 1_500}
-        | {"eval_episodes": 20, "report_episodes": 20}
+        | {"latent_scale": 0.2, "eval_episodes": 20, "report_episodes": 20}
         | ({"point_widths": (32, 64, 128)} if view == "points" else {}),
     )
 

@@ -247,19 +247,22 @@ def shift_scene(obs: dict[str, Tensor], offset: Tensor) -> dict[str, Tensor]:
     return {**obs, "robot": (robot + offset).flatten(-2), "points": obs["points"] + offset}
 
 
-def record_expert(path: Path, env: gymnasium.Env, act: Callable[[np.ndarray], np.ndarray], episodes: int = 10) -> None:
+def record_expert(
+    path: Path, env: gymnasium.Env, act: Callable[[np.ndarray], np.ndarray], episodes: int = 10, steps: int = 0
+) -> None:
     """Write `episodes` successes of an expert to path, an .npz: the observations' keys, action, episode_ends.
 
-    Successes that took more than 1.6 times as long as the fastest are left out: there the expert missed and tried again, and from
-    ten demonstrations a policy learns to miss too. act: full state of the simulator (env.full) -> action. Starts: seeds from
-    4,000,000 on. ValueError where it fails too often.
+    steps: every episode goes on for so many, and so shows how what was reached is held; 0: it ends at success. Then successes that
+    took more than 1.6 times as long as the fastest are left out: there the expert missed and tried again, and from ten
+    demonstrations a policy learns to miss too. act: full state of the simulator (env.full) -> action. Starts: seeds from 4,000,000
+    on. ValueError where it fails too often.
     """
     found: list[list[dict]] = []
     kept: list[list[dict]] = []
     for seed in range(4_000_000, 4_000_000 + 10 * episodes):
         obs, _ = env.reset(seed=seed)
         episode, success, late = [], False, False
-        while not (success or late):
+        while len(episode) < steps if steps else not (success or late):
             action = np.asarray(act(env.full)).clip(-1, 1).astype(np.float32)
             episode.append({**obs, "action": action})
             obs, _, success, late, _ = env.step(action)
@@ -307,15 +310,16 @@ class Hand:
     actions: int
     camera: str
     hold: int  # steps with the goal reached that make a success, over the whole episode (DAPG's criterion)
+    steps: int  # of a demonstration (DAPG's horizon)
     low: tuple[float, float, float]  # corners of the workspace, metres
     high: tuple[float, float, float]
 
 
 ADROIT = {
-    "hammer": Hand(46, 26, 26, "fixed", 25, (-0.4, -0.6, 0.04), (0.4, 0.4, 0.7)),
-    "door": Hand(39, 27, 28, "vil_camera", 25, (-0.5, -0.6, 0.04), (0.5, 0.5, 0.8)),
-    "pen": Hand(45, 24, 24, "fixed", 20, (-0.4, -0.4, 0.04), (0.4, 0.3, 0.5)),
-    "relocate": Hand(39, 30, 30, "fixed", 25, (-0.5, -0.6, 0.04), (0.5, 0.5, 0.7)),
+    "hammer": Hand(46, 26, 26, "fixed", 25, 200, (-0.4, -0.6, 0.04), (0.4, 0.4, 0.7)),
+    "door": Hand(39, 27, 28, "vil_camera", 25, 200, (-0.5, -0.6, 0.04), (0.5, 0.5, 0.8)),
+    "pen": Hand(45, 24, 24, "fixed", 20, 100, (-0.4, -0.4, 0.04), (0.4, 0.3, 0.5)),
+    "relocate": Hand(39, 30, 30, "fixed", 25, 200, (-0.5, -0.6, 0.04), (0.5, 0.5, 0.7)),
 }
 
 
@@ -378,7 +382,8 @@ def adroit_demos(arrays: Arrays, shapes: dict[str, tuple[int, ...]], action_dim:
 
 def record_adroit(path: Path, policy: Path, task: str, view: str) -> None:
     """Ten successes of an expert policy that is given as arrays."""
-    record_expert(path, Adroit(task, view), expert_policy(policy, ADROIT[task].features, ADROIT[task].actions))
+    hand = ADROIT[task]
+    record_expert(path, Adroit(task, view), expert_policy(policy, hand.features, hand.actions), steps=hand.steps)
 
 
 def expert_policy(path: Path, obs_dim: int, action_dim: int) -> Callable[[np.ndarray], np.ndarray]:
