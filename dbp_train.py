@@ -109,7 +109,7 @@ class Config:
     eval_every: int = 2_750  # steps between evaluations; the best by score is kept
     eval_episodes: int = 50  # episodes of such an evaluation, starts from seed 50,000 on
     report_episodes: int = 100  # episodes of the final one, starts from seed 100,000 on
-    protocol: Literal["ours", "papers"] = "ours"  # papers: sets 10 evaluations of 20 episodes; their 5 best, averaged, beside our score
+    protocol: Literal["ours", "papers"] = "ours"  # papers: sets 10 evaluations of 20 episodes; the 5 best's mean beside ours
     save_every: int = 1_000  # steps between saves of state.pt
 
 

@@ -252,10 +252,10 @@ def record_expert(
 ) -> None:
     """Write `episodes` successes of an expert to path, an .npz: the observations' keys, action, episode_ends.
 
-    steps: every episode goes on for so many, and so shows how what was reached is held; 0: it ends at success. Then successes that
-    took more than 1.6 times as long as the fastest are left out: there the expert missed and tried again, and from ten
-    demonstrations a policy learns to miss too. act: full state of the simulator (env.full) -> action. Starts: seeds from 4,000,000
-    on. ValueError where it fails too often.
+    steps: every episode goes on for so many, and so shows how what was reached is held; 0: it ends at success. Then successes
+    that took more than 1.6 times as long as the fastest are left out: there the expert missed and tried again, and from ten
+    demonstrations a policy learns to miss too. act: full state of the simulator (env.full) -> action. Starts: seeds from
+    4,000,000 on. ValueError where it fails too often.
     """
     found: list[list[dict]] = []
     kept: list[list[dict]] = []
@@ -265,7 +265,8 @@ def record_expert(
         while len(episode) < steps if steps else not (success or late):
             action = np.asarray(act(env.full)).clip(-1, 1).astype(np.float32)
             episode.append({**obs, "action": action})
-            obs, _, success, late, _ = env.step(action)
+            obs, _, reached, late, _ = env.step(action)
+            success = success or reached
         found += [episode] if success else []
         kept = [episode for episode in found if len(episode) <= 1.6 * min(map(len, found))]
         if len(kept) == episodes:

@@ -268,6 +268,13 @@ class Slow:
         pass
 
 
+def test_demonstrations_of_a_given_length_show_how_it_is_held(tmp_path):
+    path = tmp_path / "held.npz"
+    manipulation.record_expert(path, Slow(), lambda full: np.array([0.5, -0.5]), episodes=3, steps=9)
+    with np.load(path) as file:
+        assert list(file["episode_ends"]) == [9, 18, 27]  # the third start fails, the one after it does not
+
+
 def test_second_tries_are_not_recorded(tmp_path):
     path = tmp_path / "slow.npz"
     manipulation.record_expert(path, Slow(), lambda full: np.array([2.0, -0.5]), episodes=3)
