@@ -248,27 +248,32 @@ def shift_scene(obs: dict[str, Tensor], offset: Tensor) -> dict[str, Tensor]:
 
 
 def record_expert(
-    path: Path, env: gymnasium.Env, act: Callable[[np.ndarray], np.ndarray], episodes: int = 10, steps: int = 0
+    path: Path,
+    env: gymnasium.Env,
+    act: Callable[[np.ndarray], np.ndarray],
+    episodes: int = 10,
+    after: int = 0,
+    slowest: float = np.inf,
 ) -> None:
     """Write `episodes` successes of an expert to path, an .npz: the observations' keys, action, episode_ends.
 
-    steps: every episode goes on for so many, and so shows how what was reached is held; 0: it ends at success. Then successes
-    that took more than 1.6 times as long as the fastest are left out: there the expert missed and tried again, and from ten
-    demonstrations a policy learns to miss too. act: full state of the simulator (env.full) -> action. Starts: seeds from
-    4,000,000 on. ValueError where it fails too often.
+    after: an episode goes on for so many steps after its success, and so shows how what was reached is held: a policy that passes
+    beside the goal has seen nothing else that could bring it back. slowest: successes that took more than so many times as long
+    as the fastest are left out: where the expert missed and tried again, a policy learns from ten demonstrations to miss too.
+    act: full state of the simulator (env.full) -> action. Starts: seeds from 4,000,000 on. ValueError where it fails too often.
     """
-    found: list[list[dict]] = []
-    kept: list[list[dict]] = []
+    found: list[tuple[int, list[dict]]] = []  # steps until success, the episode
     for seed in range(4_000_000, 4_000_000 + 10 * episodes):
         obs, _ = env.reset(seed=seed)
-        episode, success, late = [], False, False
-        while len(episode) < steps if steps else not (success or late):
+        episode, reached, late = [], 0, False
+        while len(episode) < reached + after if reached else not late:
             action = np.asarray(act(env.full)).clip(-1, 1).astype(np.float32)
             episode.append({**obs, "action": action})
-            obs, _, reached, late, _ = env.step(action)
-            success = success or reached
-        found += [episode] if success else []
-        kept = [episode for episode in found if len(episode) <= 1.6 * min(map(len, found))]
+            obs, _, success, late, _ = env.step(action)
+            reached = reached or len(episode) * success
+        found += [(reached, episode)] if reached else []
+        fastest = min((steps for steps, _ in found), default=0)
+        kept = [episode for steps, episode in found if steps <= slowest * fastest]
         if len(kept) == episodes:
             break
     else:
@@ -283,7 +288,7 @@ def record_expert(
 def record_metaworld(path: Path, task: str, view: str, episodes: int = 10) -> None:
     """Successes of Meta-World's own scripted expert."""
     env = MetaWorld(task, view)
-    record_expert(path, env, env.expert().get_action, episodes)
+    record_expert(path, env, env.expert().get_action, episodes, after=20, slowest=1.6)
 
 
 def plain_demos(arrays: Arrays, shapes: dict[str, tuple[int, ...]], action_dim: int) -> tuple[Arrays, np.ndarray]:
@@ -311,16 +316,15 @@ class Hand:
     actions: int
     camera: str
     hold: int  # steps with the goal reached that make a success, over the whole episode (DAPG's criterion)
-    steps: int  # of a demonstration (DAPG's horizon)
     low: tuple[float, float, float]  # corners of the workspace, metres
     high: tuple[float, float, float]
 
 
 ADROIT = {
-    "hammer": Hand(46, 26, 26, "fixed", 25, 200, (-0.4, -0.6, 0.04), (0.4, 0.4, 0.7)),
-    "door": Hand(39, 27, 28, "vil_camera", 25, 200, (-0.5, -0.6, 0.04), (0.5, 0.5, 0.8)),
-    "pen": Hand(45, 24, 24, "fixed", 20, 100, (-0.4, -0.4, 0.04), (0.4, 0.3, 0.5)),
-    "relocate": Hand(39, 30, 30, "fixed", 25, 200, (-0.5, -0.6, 0.04), (0.5, 0.5, 0.7)),
+    "hammer": Hand(46, 26, 26, "fixed", 25, (-0.4, -0.6, 0.04), (0.4, 0.4, 0.7)),
+    "door": Hand(39, 27, 28, "vil_camera", 25, (-0.5, -0.6, 0.04), (0.5, 0.5, 0.8)),
+    "pen": Hand(45, 24, 24, "fixed", 20, (-0.4, -0.4, 0.04), (0.4, 0.3, 0.5)),
+    "relocate": Hand(39, 30, 30, "fixed", 25, (-0.5, -0.6, 0.04), (0.5, 0.5, 0.7)),
 }
 
 
@@ -384,7 +388,7 @@ def adroit_demos(arrays: Arrays, shapes: dict[str, tuple[int, ...]], action_dim:
 def record_adroit(path: Path, policy: Path, task: str, view: str) -> None:
     """Ten successes of an expert policy that is given as arrays."""
     hand = ADROIT[task]
-    record_expert(path, Adroit(task, view), expert_policy(policy, hand.features, hand.actions), steps=hand.steps)
+    record_expert(path, Adroit(task, view), expert_policy(policy, hand.features, hand.actions), after=50)
 
 
 def expert_policy(path: Path, obs_dim: int, action_dim: int) -> Callable[[np.ndarray], np.ndarray]:

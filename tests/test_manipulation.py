@@ -268,16 +268,16 @@ class Slow:
         pass
 
 
-def test_demonstrations_of_a_given_length_show_how_it_is_held(tmp_path):
+def test_demonstrations_go_on_after_success(tmp_path):
     path = tmp_path / "held.npz"
-    manipulation.record_expert(path, Slow(), lambda full: np.array([0.5, -0.5]), episodes=3, steps=9)
+    manipulation.record_expert(path, Slow(), lambda full: np.array([0.5, -0.5]), episodes=3, after=3)
     with np.load(path) as file:
-        assert list(file["episode_ends"]) == [9, 18, 27]  # the third start fails, the one after it does not
+        assert list(file["episode_ends"]) == [7, 18, 29]  # 4 + 3, 8 + 3; the third start fails; 8 + 3
 
 
 def test_second_tries_are_not_recorded(tmp_path):
     path = tmp_path / "slow.npz"
-    manipulation.record_expert(path, Slow(), lambda full: np.array([2.0, -0.5]), episodes=3)
+    manipulation.record_expert(path, Slow(), lambda full: np.array([2.0, -0.5]), episodes=3, slowest=1.6)
     with np.load(path) as file:
         assert list(file["episode_ends"]) == [4, 8, 12]
         assert file["action"].tolist() == [[1.0, -0.5]] * 12 and file["state"].shape == (12, 2)
