@@ -270,7 +270,8 @@ def record_expert(
             action = np.asarray(act(env.full)).clip(-1, 1).astype(np.float32)
             episode.append({**obs, "action": action})
             obs, _, success, late, _ = env.step(action)
-            reached = reached or len(episode) * success
+            if success and not reached:
+                reached = len(episode)
         found += [(reached, episode)] if reached else []
         fastest = min((steps for steps, _ in found), default=0)
         kept = [episode for steps, episode in found if steps <= slowest * fastest]
@@ -387,8 +388,7 @@ def adroit_demos(arrays: Arrays, shapes: dict[str, tuple[int, ...]], action_dim:
 
 def record_adroit(path: Path, policy: Path, task: str, view: str) -> None:
     """Ten successes of an expert policy that is given as arrays."""
-    hand = ADROIT[task]
-    record_expert(path, Adroit(task, view), expert_policy(policy, hand.features, hand.actions), after=50)
+    record_expert(path, Adroit(task, view), expert_policy(policy, ADROIT[task].features, ADROIT[task].actions), after=50)
 
 
 def expert_policy(path: Path, obs_dim: int, action_dim: int) -> Callable[[np.ndarray], np.ndarray]:
