@@ -207,7 +207,7 @@ def robomimic_task(task: str, absolute: bool, view: str) -> Task:
         action_dim=(10 if absolute else 7) * robomimic_tasks.SCENES[task].arms,
         make=partial(GymVector, make, processes=True),
         side_by_side=10,  # each of them builds its scene in two seconds
-        demo_arrays=(*robomimic_tasks.shapes(task, view), "actions", "env_args"),
+        demo_arrays=(*robomimic_tasks.file_shapes(task, view), "actions", "env_args"),
         demo_convert=partial(robomimic_tasks.robomimic_demos, task=task, absolute=absolute, view=view),
         demo_record=partial(scripted.record, task=task, absolute=absolute, view=view) if task in scripted.EXPERTS else None,
         demo_origin="our own scripted expert, not robomimic's humans",

@@ -5,7 +5,7 @@ they are; pictures are upright, as robomimic stores them.
 
     observation key            shape         meaning
     robot0_eef_pos             (3,)          hand, metres, world frame (Transport has robot1_* too)
-    robot0_eef_quat            (4,)          its orientation, x y z w
+    robot0_eef_quat            (4,)          its orientation, x y z w; the network sees robot0_eef_rot_6d (6,), see as_seen
     robot0_gripper_qpos        (2,)          fingers, metres
     object                     (features,)   the objects' poses, world frame and from the hand; not with pictures
     <camera>_image             (H, W, 3)     RGB, uint8; only with pictures
@@ -30,7 +30,7 @@ import gymnasium
 import numpy as np
 
 from manipulation import Arrays, Eye, draw_without_display, observation_space, plain_demos
-from rotations import from_six, matrix, six, vector
+from rotations import from_quaternion, from_six, matrix, six, vector
 
 VERSION = "1.5.1"  # of robosuite; 1.4 has other controllers, 1.5.2 wants another mujoco
 STEP, TURN = 0.05, 0.5  # a delta action of 1: metres, rad
@@ -44,22 +44,29 @@ class Scene:
     features: int  # of `object`
     max_steps: int
     cameras: tuple[str, ...]
+    quaternions: tuple[int, ...]  # where they begin in `object`
     arms: int = 1
     pixels: int = 84
 
 
 SCENES = {
-    "lift": Scene("Lift", 10, 400, ("agentview", "robot0_eye_in_hand")),
-    "can": Scene("PickPlaceCan", 14, 400, ("agentview", "robot0_eye_in_hand")),
-    "square": Scene("NutAssemblySquare", 14, 400, ("agentview", "robot0_eye_in_hand")),
+    "lift": Scene("Lift", 10, 400, ("agentview", "robot0_eye_in_hand"), (3,)),
+    "can": Scene("PickPlaceCan", 14, 400, ("agentview", "robot0_eye_in_hand"), (3, 10)),
+    "square": Scene("NutAssemblySquare", 14, 400, ("agentview", "robot0_eye_in_hand"), (3, 10)),
     "transport": Scene(
-        "TwoArmTransport", 41, 700, ("shouldercamera0", "shouldercamera1", "robot0_eye_in_hand", "robot1_eye_in_hand"), 2
+        "TwoArmTransport",
+        41,
+        700,
+        ("shouldercamera0", "shouldercamera1", "robot0_eye_in_hand", "robot1_eye_in_hand"),
+        (3, 10, 17),
+        arms=2,
     ),
-    "tool-hang": Scene("ToolHang", 44, 700, ("sideview", "robot0_eye_in_hand"), pixels=240),
+    "tool-hang": Scene("ToolHang", 44, 700, ("sideview", "robot0_eye_in_hand"), (3, 10, 17, 24, 31, 38), pixels=240),
 }
 
 
-def shapes(task: str, view: str) -> dict[str, tuple[int, ...]]:
+def file_shapes(task: str, view: str) -> dict[str, tuple[int, ...]]:
+    """Of an observation in robomimic's files and in our recordings."""
     scene = SCENES[task]
     found = {
         f"robot{i}_{name}": (n,) for i in range(scene.arms) for name, n in (("eef_pos", 3), ("eef_quat", 4), ("gripper_qpos", 2))
@@ -67,6 +74,30 @@ def shapes(task: str, view: str) -> dict[str, tuple[int, ...]]:
     if view == "image":
         return found | {f"{camera}_image": (scene.pixels, scene.pixels, 3) for camera in scene.cameras}
     return found | {"object": (scene.features,)}
+
+
+def shapes(task: str, view: str) -> dict[str, tuple[int, ...]]:
+    """Of an observation as the network sees it."""
+    empty = {key: np.zeros((1, *shape), np.float32) for key, shape in file_shapes(task, view).items()}
+    return {key: value.shape[1:] for key, value in as_seen(empty, task).items()}
+
+
+def as_seen(obs: Arrays, task: str) -> Arrays:
+    """robomimic's observations (N, ...) -> the same with rotations as 6-D: `<robot>_eef_rot_6d`, and a longer `object`.
+
+    A quaternion and its negative are one rotation, and robosuite jumps from one to the other: the square nut's in 7 % of steps.
+    """
+    seen = {}
+    for key, value in obs.items():
+        if key.endswith("_eef_quat"):
+            seen[key.replace("quat", "rot_6d")] = six(from_quaternion(value)).astype(np.float32)
+        elif key == "object":
+            parts = np.split(value, [i for at in SCENES[task].quaternions for i in (at, at + 4)], axis=-1)
+            parts[1::2] = [six(from_quaternion(part)) for part in parts[1::2]]
+            seen[key] = np.concatenate(parts, -1).astype(np.float32)
+        else:
+            seen[key] = value
+    return seen
 
 
 # --- rotations in actions -------------------------------------------------------------------------------------------------
@@ -185,12 +216,13 @@ class Robosuite(gymnasium.Env):
 
     def _observe(self) -> Arrays:
         obs = {}
-        for key, shape in shapes(self.task, self.view).items():
+        for key, shape in file_shapes(self.task, self.view).items():
             if len(shape) == 3:
                 obs[key] = self._eye(key.removesuffix("_image"), self.scene.pixels).picture(self.sim_env.sim.data._data)
             else:
                 obs[key] = np.asarray(self.raw["object-state" if key == "object" else key], np.float32)
-        return obs
+        self.as_in_file = obs
+        return as_seen(obs, self.task)
 
     def _eye(self, camera: str, pixels: int) -> Eye:
         if (camera, pixels) not in self.eyes:
@@ -302,7 +334,8 @@ def robomimic_demos(arrays: Arrays, task: str, absolute: bool, view: str) -> tup
         check_file(env_args, task, absolute)
     if absolute and arrays.get("actions", np.zeros((0, 0))).shape[1:] == (7 * scene.arms,):
         arrays = {**arrays, "actions": to_network(np.asarray(arrays["actions"], np.float64), scene.arms)}
-    return plain_demos(arrays, shapes(task, view), (10 if absolute else 7) * scene.arms)
+    obs, actions = plain_demos(arrays, file_shapes(task, view), (10 if absolute else 7) * scene.arms)
+    return as_seen(obs, task), actions
 
 
 def check_file(env_args: object, task: str, absolute: bool) -> None:

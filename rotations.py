@@ -1,4 +1,4 @@
-"""Rotations: matrices (..., 3, 3), rotation vectors in rad, and the 6-D form that a network can regress (Zhou et al. 2019)."""
+"""Rotations: matrices (..., 3, 3), rotation vectors in rad, quaternions, and the 6-D form that a network can regress (Zhou et al. 2019)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ def vector(R: np.ndarray) -> np.ndarray:
     square = (R + R.T) / 2 - cos * np.eye(3)  # near half a turn that difference vanishes, and this, axis times axis, does not
     column = square[:, np.argmax(np.diag(square))]
     return (-1.0 if column @ axis < 0 else 1.0) * column / np.linalg.norm(column) * np.arccos(cos)
+
+
+def from_quaternion(q: np.ndarray) -> np.ndarray:
+    """Quaternions (..., 4), x y z w, however scaled (no rotation for 0) -> matrices (..., 3, 3)."""
+    v, w = q[..., :3], q[..., 3]
+    length = np.linalg.norm(v, axis=-1)
+    angle = 2 * np.arctan2(length, w)
+    return matrix(v * (angle / np.maximum(length, 1e-12))[..., None])
 
 
 def six(R: np.ndarray) -> np.ndarray:

@@ -263,7 +263,7 @@ def episode(env: Robosuite, seed: int, shake: float | None = None) -> tuple[list
     kept is what the expert meant (DART, Laskey et al. 2017). So the demonstrations show how to come back, which a policy needs
     after slips of its own.
     """
-    obs, _ = env.reset(seed=seed)
+    env.reset(seed=seed)
     rng = np.random.default_rng(seed)
     level = rng.uniform(0, SHAKE[env.task] if shake is None else shake)
     rows, success, late = [], False, False
@@ -272,8 +272,8 @@ def episode(env: Robosuite, seed: int, shake: float | None = None) -> tuple[list
             (move + level * (0.2 + 0.8 * min(1.0, np.linalg.norm(move) / STEP)) * rng.normal(size=3), turn, grip)
             for move, turn, grip in moves
         ]
-        rows.append({**obs, "actions": env.command(moves)})
-        obs, _, success, late, _ = env.step(env.command(pushed))
+        rows.append({**env.as_in_file, "actions": env.command(moves)})
+        _, _, success, late, _ = env.step(env.command(pushed))
         if success or late:
             break
     return rows, success

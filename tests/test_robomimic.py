@@ -33,6 +33,30 @@ def test_rotations_round_trip_also_at_half_a_turn():
     assert np.allclose(rm.matrix(v), total)
 
 
+@pytest.mark.parametrize("task", list(rm.SCENES))
+def test_a_quaternion_and_its_negative_look_alike_to_the_network(task):
+    """... and the other numbers stay what they were, in their order."""
+    rng = np.random.default_rng(2)
+    obs = {key: rng.standard_normal((5, *shape)).astype(np.float32) for key, shape in rm.file_shapes(task, "state").items()}
+    other = {key: value.copy() for key, value in obs.items()}
+    other["robot0_eef_quat"] *= -1
+    places = [range(at, at + 4) for at in rm.SCENES[task].quaternions]
+    for place in places:
+        other["object"][:, place] *= -1
+    seen, same = rm.as_seen(obs, task), rm.as_seen(other, task)
+    assert {key: value.shape[1:] for key, value in seen.items()} == rm.shapes(task, "state")
+    assert all(np.allclose(seen[key], same[key], atol=1e-5) for key in seen)
+    kept = [i for i in range(rm.SCENES[task].features) if not any(i in place for place in places)]
+    assert set(obs["object"][0, kept]) <= set(seen["object"][0])
+
+
+def test_quaternions_turn_as_rotation_vectors_do():
+    vectors = np.array([[0, 0, 0], [0.3, -0.2, 0.5], [np.pi, 0, 0], [0, 0, -2.0]])
+    angles = np.linalg.norm(vectors, axis=1, keepdims=True)
+    quaternions = np.concatenate([vectors / np.maximum(angles, 1e-9) * np.sin(angles / 2), np.cos(angles / 2)], 1)
+    assert np.allclose(rm.from_quaternion(-3 * quaternions), rm.matrix(vectors), atol=1e-7)
+
+
 def test_absolute_actions_reach_the_controller_as_the_file_has_them():
     rng = np.random.default_rng(1)
     actions = rng.uniform(-1, 1, (20, 14))
@@ -49,7 +73,7 @@ def robomimic_file(path, task="lift", controller=None, **changes):
         data = file.create_group("data")
         data.attrs["env_args"] = json.dumps(env_args)
         for k, length in enumerate((5, 7)):
-            for key, shape in rm.shapes(task, "state").items():
+            for key, shape in rm.file_shapes(task, "state").items():
                 data[f"demo_{k}/obs/{key}"] = rng.standard_normal((length, *shape))
             data[f"demo_{k}/actions"] = rng.uniform(-1, 1, (length, 7))
         for name, value in changes.items():
