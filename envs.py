@@ -212,7 +212,10 @@ def robomimic_task(task: str, absolute: bool, view: str) -> Task:
         demo_record=partial(scripted.record, task=task, absolute=absolute, view=view) if task in scripted.EXPERTS else None,
         demo_origin="our own scripted expert, not robomimic's humans",
         demo_scripted=task in scripted.EXPERTS,
-        train={"steps": 4_000, "eval_every": 2_000, "eval_episodes": 30, "report_episodes": 50, "obs_noise": 0.005},
+        # From 8 steps out of 16 to 4 out of 8: square went from 0.87 to 0.93 of 30 selection starts.
+        train={"horizon": 8, "action_steps": 4, "obs_noise": 0.005, "steps": 5_000, "eval_every": 2_500}
+        | {"eval_episodes": 30, "report_episodes": 50}
+        | ({"obs_steps": 1, "batch_size": 64} if view == "image" else {}),
         finetune={
             "env_steps": 300_000,
             "num_envs": 10,
