@@ -1,4 +1,4 @@
-"""Rotations: matrices (..., 3, 3), rotation vectors in rad, quaternions, and 6-D, which a network can regress (Zhou et al. 2019)."""
+"""Rotations: matrices (..., 3, 3), rotation vectors in rad, quaternions, and 6-D for a network (Zhou et al. 2019)."""
 
 from __future__ import annotations
 

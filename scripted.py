@@ -9,6 +9,7 @@ which one it takes is drawn per episode, so the demonstrations have modes. Where
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -280,7 +281,16 @@ def episode(env: Robosuite, seed: int, shake: float | None = None) -> tuple[list
 
 
 def record(path: Path, task: str, absolute: bool, view: str, episodes: int = 100) -> None:
-    """`episodes` successes to path; manipulation.record_successes says how."""
+    """`episodes` successes to path; manipulation.record_successes says how.
+
+    In a process of its own, which ends with all that it has drawn with: OpenGL does not survive the fork that makes the workers
+    of the environments, and the first of them to draw would wait for ever.
+    """
+    with ProcessPoolExecutor(1) as pool:
+        pool.submit(record_here, path, task, absolute, view, episodes).result()
+
+
+def record_here(path: Path, task: str, absolute: bool, view: str, episodes: int) -> None:
     env = Robosuite(task, absolute, view)
     record_successes(path, partial(episode, env), episodes)
     env.close()

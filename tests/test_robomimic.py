@@ -1,7 +1,9 @@
 """RoboMimic's tasks: rotations and files everywhere, robosuite itself where it is installed."""
 
 import importlib.util
+import io
 import json
+import os
 
 import h5py
 import numpy as np
@@ -164,6 +166,17 @@ def test_scripted_takes_a_number_and_a_task_that_has_an_expert(tmp_path, monkeyp
             load(bad)
     with pytest.raises(ValueError, match="lift has no scripted expert"):
         load("scripted", scripted=False)
+
+
+def test_recordings_are_made_in_a_process_of_their_own(tmp_path, monkeypatch):
+    """OpenGL that was used before a fork makes the workers wait for ever."""
+    import scripted
+
+    monkeypatch.setattr(scripted, "Robosuite", lambda *_: io.StringIO())
+    monkeypatch.setattr(scripted, "record_successes", lambda path, _, n: path.write_text(f"{os.getpid()} {n}"))
+    scripted.record(tmp_path / "a", "lift", False, "image", episodes=3)
+    process, episodes = (tmp_path / "a").read_text().split()
+    assert int(process) != os.getpid() and episodes == "3"
 
 
 def test_a_missing_or_other_robosuite_says_what_to_install(monkeypatch):
