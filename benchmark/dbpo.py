@@ -34,8 +34,8 @@ GROUPS = {  # name: (task, demonstrations, flags of dbp_train.py, of dbpo_finetu
     "ant": ("ant-medium-v2", "embedded", [], []),
     "ant-no-anchor": ("ant-medium-v2", "embedded", [], FREE),
     "pusht": ("pusht", "HUMAN", [], []),
-    "lift": ("lift", "scripted:10", WEAK, []),
-    "lift-no-anchor": ("lift", "scripted:10", WEAK, FREE),
+    "lift": ("lift", "scripted:5", WEAK, []),
+    "lift-no-anchor": ("lift", "scripted:5", WEAK, FREE),
     "can": ("can", "scripted:20", WEAK, []),
     "can-no-anchor": ("can", "scripted:20", WEAK, FREE),
 }
