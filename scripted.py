@@ -139,9 +139,8 @@ def square(env: Robosuite, rng: np.random.Generator) -> Iterator[Move]:
     over = lambda z: np.array([peg[0], peg[1], z])  # noqa: E731
     yield from script.go(over(1.02), level, CLOSED, 0.01, carried=body, limit=120)
     yield from script.go(over(0.99), level, CLOSED, 0.003, carried=body, turn_within=0.04)
-    yield from script.go(
-        over(0.93), level, CLOSED, 0.01, carried=body, speed=0.03
-    )  # round the peg; pushed further down it can jam
+    # Round the peg, where it falls by itself; pushed further down it can jam.
+    yield from script.go(over(0.93), level, CLOSED, 0.01, carried=body, speed=0.03)
     yield from script.hold(OPEN, 4)
     now, R = env.hand()
     yield from script.go(now + above(0.12), R, OPEN)
