@@ -20,7 +20,7 @@ from robomimic_tasks import STEP, TURN, Robosuite, clip_norm
 from rotations import matrix, vector
 
 OPEN, CLOSED = -1.0, 1.0
-SHAKE = {"lift": 0.02, "can": 0.02, "square": 0.02, "transport": 0.005}  # metres; a hammer that is pushed turns in the hand
+SHAKE = 0.02  # metres
 STILL = np.zeros(3)
 Move = tuple[np.ndarray, np.ndarray, float]
 DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])  # a hand that points down, its fingers closing along the world's y
@@ -153,9 +153,16 @@ def transport(env: Robosuite, rng: np.random.Generator) -> Iterator[list[Move]]:
     """
     side = rng.choice([-0.1, 0.1])
     events: set[str] = set()
-    bringing, taking = bring(Script(env, rng, 0), side, events), take(Script(env, rng, 1), side, events)
+    bringing, taking = late(bring(Script(env, rng, 0), side, events), rng), late(take(Script(env, rng, 1), side, events), rng)
     while not {"brought", "taken"} <= events:
         yield [next(bringing), next(taking)]
+
+
+def late(moves: Iterator[Move], rng: np.random.Generator) -> Iterator[Move]:
+    """Each arm begins when it likes, so that a policy sees it early and late beside the other one."""
+    for _ in range(rng.integers(0, 40)):
+        yield STILL, STILL, OPEN
+    yield from moves
 
 
 def wait(script: Script, event: str, events: set[str], grip: float, limit: int = 300) -> Iterator[Move]:
@@ -263,13 +270,15 @@ def episode(env: Robosuite, seed: int, shake: float | None = None) -> tuple[list
 
     A hand is pushed off its way by up to `shake` metres per step (none: SHAKE), less where it moves slowly; the action that is
     kept is what the expert meant (DART, Laskey et al. 2017). So the demonstrations show how to come back, which a policy needs
-    after slips of its own.
+    after slips of its own. Transport's hammer, once lifted, would turn in a pushed hand: from then on a quarter.
     """
     env.reset(seed=seed)
     rng = np.random.default_rng(seed)
-    level = rng.uniform(0, SHAKE[env.task] if shake is None else shake)
-    rows, success, late = [], False, False
+    level = rng.uniform(0, SHAKE if shake is None else shake)
+    rows, success, late, lifted = [], False, False, False
     for moves in EXPERTS[env.task](env, rng):
+        if env.task == "transport" and not lifted and env.body("payload_root")[0][2] > 0.9:
+            lifted, level = True, level / 4
         pushed = [
             (move + level * (0.2 + 0.8 * min(1.0, np.linalg.norm(move) / STEP)) * rng.normal(size=3), turn, grip)
             for move, turn, grip in moves
