@@ -21,6 +21,7 @@ from rotations import matrix, vector
 
 OPEN, CLOSED = -1.0, 1.0
 SHAKE = 0.02  # metres
+TRIES = 3  # to grasp a thing: until it has left the table
 STILL = np.zeros(3)
 Move = tuple[np.ndarray, np.ndarray, float]
 DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])  # a hand that points down, its fingers closing along the world's y
@@ -104,10 +105,14 @@ def can(env: Robosuite, rng: np.random.Generator) -> Iterator[Move]:
     script = Script(env, rng)
     hand = turned(rng.choice([0, np.pi / 2]) + rng.normal(0, 0.15))
     at = lambda up=0.0: env.body("Can_main")[0] + above(up)  # noqa: E731
-    yield from script.go(lambda: at(0.12), hand, OPEN, 0.02)
-    yield from script.go(lambda: at(0.01), hand, OPEN, 0.01)
-    yield from script.hold(CLOSED, 8)
-    yield from script.go(at(0.22), hand, CLOSED, 0.04)
+    for _ in range(TRIES):
+        yield from script.go(lambda: at(0.12), hand, OPEN, 0.02)
+        yield from script.go(lambda: at(0.01), hand, OPEN, 0.01)
+        yield from script.hold(CLOSED, 8)
+        lain = at()[2]
+        yield from script.go(at(0.22), hand, CLOSED, 0.04)
+        if at()[2] > lain + 0.1:
+            break
     # Nearer than the middle of the bin: there the arm is nearly stretched and stalls, and nothing shows when to let go.
     x, y, _ = env.sim_env.target_bin_placements[env.sim_env.object_id] - [0.03, 0.05, 0]
     start, _ = env.hand()
@@ -123,15 +128,17 @@ def square(env: Robosuite, rng: np.random.Generator) -> Iterator[Move]:
     """The square nut fits its peg in four ways; it goes on in any that the wrist can turn to."""
     script = Script(env, rng)
     body = "SquareNut_main"
-    _, R = env.body(body)
     handle = lambda up=0.0: env.sim_env.sim.data.get_site_xpos("SquareNut_handle_site") + above(up)  # noqa: E731
-    hand = turned(nearest(yaw_of(R), 0, np.pi))
-    yield from script.go(lambda: handle(0.1), hand, OPEN, 0.02)
-    yield from script.go(lambda: handle(0.0), hand, OPEN, 0.008)
-    yield from script.hold(CLOSED, 8)
+    for _ in range(TRIES):
+        hand = turned(nearest(yaw_of(env.body(body)[1]), 0, np.pi))
+        yield from script.go(lambda: handle(0.1), hand, OPEN, 0.02)
+        yield from script.go(lambda: handle(0.0), hand, OPEN, 0.008)
+        yield from script.hold(CLOSED, 8)
+        now, R = env.hand()
+        yield from script.go(np.array([now[0], now[1], 1.05]), R, CLOSED, 0.03)
+        if env.body(body)[0][2] > 0.95:
+            break
     peg = env.sim_env.sim.data.body_xpos[env.sim_env.peg1_body_id].copy()
-    now, R = env.hand()
-    yield from script.go(np.array([now[0], now[1], 1.05]), R, CLOSED, 0.03)
     yaw, facing = yaw_of(env.body(body)[1]), yaw_of(R @ DOWN.T)
     quarters = [q for q in np.arange(-4, 5) * np.pi / 2 if abs(q - yaw) < 2.2 and abs(facing + q - yaw) < 2]  # the wrist's reach
     quarters = [q for q in quarters if np.cos(q) < 0.5] or quarters  # a handle that points away is nearly out of reach
@@ -221,7 +228,7 @@ def take(script: Script, side: float, events: set[str]) -> Iterator[Move]:
     trash = lambda up: env.body("trash_main")[0] + above(up)  # noqa: E731
     _, R = env.body("trash_main")
     hand = turned(nearest(yaw_of(R), -np.pi / 2, np.pi / 2))
-    for _ in range(3):  # until it has it
+    for _ in range(TRIES):
         yield from script.go(lambda: trash(0.15), hand, OPEN, 0.03)
         yield from script.go(lambda: trash(0.0), hand, OPEN, 0.008)
         yield from script.hold(CLOSED, 8)
