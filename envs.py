@@ -215,6 +215,7 @@ def robomimic_task(task: str, absolute: bool, view: str) -> Task:
         # From 8 steps out of 16 to 4 out of 8: square went from 0.87 to 0.93 of 30 selection starts.
         train={"horizon": 8, "action_steps": 4, "obs_noise": 0.005, "steps": 5_000, "eval_every": 2_500}
         | {"eval_episodes": 30, "report_episodes": 50}
+        | ({"steps": 10_000, "eval_every": 5_000} if task in ("transport", "tool-hang") else {})  # long ones
         | ({"obs_steps": 1, "batch_size": 64} if view == "image" else {}),
         # Success alone is rewarded, and a chunk has 28 numbers and more: with a KL limit of 0.05, summed over all of them, one to
         # five of ten updates passed, and Lift went from 0.63 to 0.80 of 30 selection starts in 200,000 steps.
