@@ -160,12 +160,13 @@ def transport(env: Robosuite, rng: np.random.Generator) -> Iterator[list[Move]]:
     """
     side = rng.choice([-0.1, 0.1])
     events: set[str] = set()
-    bringing, taking = late(bring(Script(env, rng, 0), side, events), rng), late(take(Script(env, rng, 1), side, events), rng)
+    bringing = delayed(bring(Script(env, rng, 0), side, events), rng)
+    taking = delayed(take(Script(env, rng, 1), side, events), rng)
     while not {"brought", "taken"} <= events:
         yield [next(bringing), next(taking)]
 
 
-def late(moves: Iterator[Move], rng: np.random.Generator) -> Iterator[Move]:
+def delayed(moves: Iterator[Move], rng: np.random.Generator) -> Iterator[Move]:
     """Each arm begins when it likes, so that a policy sees it early and late beside the other one."""
     for _ in range(rng.integers(0, 40)):
         yield STILL, STILL, OPEN
