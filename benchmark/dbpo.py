@@ -36,8 +36,8 @@ GROUPS = {  # name: (task, demonstrations, flags of dbp_train.py, of dbpo_finetu
     "pusht": ("pusht", "HUMAN", [], []),
     "lift": ("lift", "scripted:5", WEAK, []),
     "lift-no-anchor": ("lift", "scripted:5", WEAK, FREE),
-    "can": ("can", "scripted:20", WEAK, []),
-    "can-no-anchor": ("can", "scripted:20", WEAK, FREE),
+    "can": ("can", "scripted:15", WEAK, []),
+    "can-no-anchor": ("can", "scripted:15", WEAK, FREE),
 }
 
 
