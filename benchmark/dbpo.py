@@ -1,7 +1,7 @@
 """The fine-tuning table and curves of README: every row is a `dbp_train.py` and a `dbpo_finetune.py` command, run here.
 
     python benchmark/dbpo.py --hopper PATH/hopper_medium_regenerated.hdf5 --only hopper     one group, 3 seeds, half an hour
-    python benchmark/dbpo.py --only lift --seeds 0    RoboMimic's from a weak start, half an hour; needs requirements-simulators.txt
+    python benchmark/dbpo.py --only lift --seeds 0                           RoboMimic's, from a weak start, half an hour
     python benchmark/dbpo.py --print                                                        the table of what there is
 
 Seeds {0, 1, 2}; final scores over 100 starts that no choice has seen (seeds 100,000 on). Lines go to benchmark/results/dbpo.jsonl
