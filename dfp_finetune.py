@@ -82,7 +82,7 @@ class Config:
     offline_steps: int = 20_000  # updates before the first step in the environment; published: 1,000,000
     online_steps: int = 20_000  # environment steps after that; published: 1,000,000
     start_after: int = 2_000  # of these, steps before the first online update; published: 5,000
-    updates_per_step: int = 1  # online updates per environment step; published: 1
+    updates_per_step: float = 1.0  # online updates per environment step, such as 0.25 for 8 environments; published: 1
     num_envs: int = 1  # environments; published: 1
     online_share: float = 0.5  # of each online minibatch, from online episodes alone; DEPARTS published: 0, all data alike
 
@@ -109,7 +109,7 @@ class Config:
     critic_width: int = 128  # features of each layer of the critics; published: 512
     critic_depth: int = 3  # their layers; published: 4
 
-    eval_every: int = 10_000  # updates or environment steps between evaluations; the best by score is kept
+    eval_every: int = 10_000  # updates or environment steps between evaluations; the best by success is kept
     eval_episodes: int = 30  # episodes of such an evaluation, starts from seed 50,000 on
     report_episodes: int = 50  # episodes of the final ones, starts from seed 100,000 on
     save_every: int = 5_000  # updates or environment steps between saves of state.pt
@@ -285,13 +285,13 @@ class Learner:
 
 def check(cfg: Config) -> None:
     """Refuse settings that cannot work. Raises UserError, status 2."""
-    at_least_1 = ("num_envs", "updates_per_step", "horizon", "batch_size", "hypotheses", "proposals", "positives")
+    at_least_1 = ("num_envs", "horizon", "batch_size", "hypotheses", "proposals", "positives")
     at_least_1 += ("width", "depth", "cond_width", "critic_width", "critic_depth")
     at_least_1 += ("eval_every", "eval_episodes", "report_episodes", "save_every", "offline_steps")
     for names, holds, text in (
         (at_least_1, lambda x: x >= 1, "at least 1"),
         (("online_steps", "start_after", "threads", "seed", "critic_trunk"), lambda x: 0 <= x < 2**63, "a number from 0 on"),
-        (("lr", "latent_scale"), lambda x: 0 < x < math.inf, "above 0"),
+        (("lr", "latent_scale", "updates_per_step"), lambda x: 0 < x < math.inf, "above 0"),
         (("topk_weight",), lambda x: 0 <= x < math.inf, "a number from 0 on"),
         (("gamma", "old_rate", "target_rate", "acting_rate", "online_share"), lambda x: 0 <= x <= 1, "between 0 and 1"),
         (("candidates",), lambda x: x >= 2, "at least 2: the critic picks one of them"),
@@ -334,6 +334,8 @@ def offline_data(cfg: Config, task: envs.Task) -> tuple[demos.Demos, np.ndarray,
         return data, *task.demo_rewards(data.obs)
     success = np.zeros(len(data.actions), bool)
     success[data.episode_ends - 1] = True  # every demonstration ends with it
+    if task.demo_success is not None:  # ... and some go on after it
+        success |= task.demo_success(data.obs, data.episode_ends)
     return data, success - 1.0, success
 
 
@@ -377,6 +379,12 @@ def make_policy(cfg: Config, task: envs.Task, data: demos.Demos) -> Policy:
     return policy
 
 
+def updates_due(steps: int, cfg: Config) -> int:
+    """How many updates follow so many online steps, of which the last num_envs are new."""
+    before = steps - cfg.num_envs
+    return int(steps * cfg.updates_per_step) - int(before * cfg.updates_per_step) if steps > cfg.start_after else 0
+
+
 @torch.no_grad()
 def condition(policy: Policy, obs: dict[str, np.ndarray]) -> np.ndarray:
     """What the networks see of states, which nothing encodes: normalised, one after the other. {key: (N, *shape)} -> (N, C)."""
@@ -393,10 +401,10 @@ def plot_curves(log: RunLog, task: envs.Task, offline_steps: int, path: Path) ->
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     axes[0].plot(*log.column("episode_success"), color="tab:gray", label="training episodes, success")
-    steps, score = log.column("score")
-    axes[0].fill_between(steps, log.column("score_low")[1], log.column("score_high")[1], alpha=0.2)
-    axes[0].plot(steps, score, "o-", label="evaluation")
-    axes[0].set(title=f"score ({task.score})", ylim=(-0.02, 1.05))
+    axes[0].plot(*log.column("success_rate"), "o-", label="evaluation, success")
+    if log.column("score")[1] != log.column("success_rate")[1]:
+        axes[0].plot(*log.column("score"), "o-", label=f"evaluation, score: {task.score}")
+    axes[0].set(title="success", ylim=(-0.02, 1.05))
     axes[1].plot(*log.column("q"), label="Q of the data's chunks")
     axes[1].plot(*log.column("q_error"), label="RMS error against the target")
     axes[1].set(title="critic")
@@ -441,7 +449,8 @@ def main() -> None:
         env = (task.make_training or task.make)(cfg.num_envs, 1)
         episodes = vector.Episodes(env, TRAIN_SEED, 1)
     if task.demo_rewards is None:
-        print("rewards: -1 per step; the end of every demonstration is taken for its success")
+        sooner = " if it has not come sooner" if task.demo_success is not None else ""
+        print(f"rewards: -1 per step; the end of every demonstration is taken for its success{sooner}")
     if not terminated.any():
         print("the task succeeds nowhere in these data: the critic can learn only that every step costs 1, until it does")
 
@@ -508,7 +517,7 @@ def main() -> None:
         results = evaluate.rollout(
             learner.acting, task, list(range(evaluate.REPORT_SEED, evaluate.REPORT_SEED + cfg.report_episodes))
         )
-        return {f"{name}_{key}": round(float(results[key].mean()), 4) for key in ("score", "return")}
+        return {f"{name}_{key}": round(float(results[key].mean()), 4) for key in ("score", "success", "return")}
 
     def wall() -> float:  # seconds of this run, earlier sessions included
         return seconds + time.perf_counter() - began
@@ -570,8 +579,7 @@ def main() -> None:
                     recorder.finish(i, after[i], buffer)
                     successes.append(float(info["success"][i]))
             step += cfg.num_envs
-            learning = step - cfg.offline_steps > cfg.start_after
-            updates = range(cfg.updates_per_step * cfg.num_envs if learning else 0)
+            updates = range(updates_due(step - cfg.offline_steps, cfg))
             mixed = cfg.batch_size, generator, offline_chunks, cfg.online_share
             records = [learner.update(buffer.sample(*mixed), True, generator) for _ in updates]
         bar.update(min(cfg.num_envs if online else 1, total - bar.n))
@@ -593,10 +601,10 @@ def main() -> None:
             if turning:
                 learner.acting.save(out / "offline.pt")
                 offline_line = {**reported("offline"), "offline_wall_s": round(wall(), 1)}
-            if row["score"] >= best:
-                best = row["score"]  # of equal ones the later: more of the critic's choices have gone into it
+            if row["success_rate"] >= best:  # which is what is rewarded here; Push-T's score is more
+                best = row["success_rate"]  # of equal ones the later: more of the critic's choices have gone into it
                 learner.acting.save(out / "dfp.pt")
-            shown["score"] = f"{evaluate.number_text(row['score'])} (best {evaluate.number_text(best)})"
+            shown["success"] = f"{row['success_rate']:.2f} (best {best:.2f})"
         if row:
             bar.set_postfix(shown)
             log.write(step, {"seconds": wall(), **row})

@@ -40,8 +40,10 @@ class Task:
     demo_scripted: bool = False  # ... it is a scripted expert, and demo_record takes episodes=N
     demo_expert: Callable[[Path, Path], None] | None = None  # (file to make, policy) the same with an expert policy that is given
     # For dfp_finetune.py. Observations -> reward and end of each step, as the environment would have given them; None: the reward
-    # is -1 per step until success, with which every demonstration ends; where that does not hold, `sparse` is False.
+    # is -1 per step until success. (Observations, episode ends) -> success of each step; None: at the end of every demonstration.
+    # Where neither holds, `sparse` is False.
     demo_rewards: Callable[[Arrays], tuple[np.ndarray, np.ndarray]] | None = None
+    demo_success: Callable[[Arrays, np.ndarray], np.ndarray] | None = None
     sparse: bool = True
     shift: Callable[[dict, torch.Tensor], dict] | None = None  # the observation of a scene that stands elsewhere
     make_training: Callable[[int, int], object] | None = None  # the same for dbpo_finetune.py, where another is faster
@@ -160,6 +162,7 @@ def adroit_task(task: str, view: str) -> Task:
         demo_arrays=("observations", "actions", "rewards", *shapes, "action"),
         demo_convert=partial(manipulation.adroit_demos, shapes=shapes, action_dim=actions),
         demo_expert=partial(manipulation.record_adroit, task=task, view=view),
+        demo_success=partial(manipulation.adroit_success, task=task) if task in manipulation.ADROIT_REACHED else None,
         train={"obs_steps": 2, "horizon": 4, "action_steps": 3, "batch_size": 64, "steps": 3_000, "eval_every": 1_500}
         | {"latent_scale": 0.2, "eval_episodes": 20, "report_episodes": 20}
         | ({"point_widths": (32, 64, 128)} if view == "points" else {}),

@@ -379,6 +379,20 @@ def adroit_shapes(task: str, view: str) -> dict[str, tuple[int, ...]]:
     }[view]
 
 
+ADROIT_REACHED: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # states (N, features) -> the goal is reached (N,)
+    "door": lambda s: s[:, 28] >= 1.35,  # angle of the hinge, radians
+    "pen": lambda s: (np.linalg.norm(s[:, 39:42], axis=1) < 0.075) & ((s[:, 33:36] * s[:, 36:39]).sum(1) > 0.95),
+    "relocate": lambda s: np.linalg.norm(s[:, 36:39], axis=1) < 0.1,
+}
+
+
+def adroit_success(obs: Arrays, episode_ends: np.ndarray, task: str) -> np.ndarray:
+    """Where an episode had succeeded before the step, (N,) bool: demonstrations go on after that. Hammer's states do not tell."""
+    reached = ADROIT_REACHED[task](obs["state"])
+    counts = [np.cumsum(part) for part in np.split(reached, episode_ends[:-1])]
+    return np.concatenate(counts) >= ADROIT[task].hold
+
+
 def adroit_demos(arrays: Arrays, shapes: dict[str, tuple[int, ...]], action_dim: int) -> tuple[Arrays, np.ndarray]:
     """Recorded episodes as they are, or the observations and actions of Minari and of the human demonstrations."""
     if "observations" in arrays:

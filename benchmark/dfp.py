@@ -3,13 +3,13 @@
     python benchmark/dfp.py --only cube-single-task2     one group, 2 seeds, about 40 minutes each on one core
     python benchmark/dfp.py --print                      the tables of what there is, and the picture
 
-The offline score is that of the policy at the end of the offline phase, then come the best evaluation's policy and the last one,
-all over 50 starts that no choice has seen (seeds 100,000 on); the return is minus the steps until success. The cubes have 200
-episodes of play (200,000 steps) of OGBench's own oracle, recorded here, Push-T the embedded demonstrations. The rivals and the
-numbers K are compared `early`: from 4,000 offline updates, before the critics' choice alone solves the task, over 12,000 online
-steps. Groups of one task that differ online alone share their offline phase. Lines go to benchmark/results/dfp.jsonl with the
-evaluations of the training, (step, seconds, score, train success); a line that is there is not run again, a run that was cut is
-resumed.
+The offline success is that of the policy at the end of the offline phase, then come the best evaluation's policy and the last
+one, all over 50 starts that no choice has seen (seeds 100,000 on); the return is minus the steps until success. The cubes have
+200 episodes of play (200,000 steps) of OGBench's own oracle, recorded here, Push-T the embedded demonstrations. The rivals and
+the numbers K are compared `early`: from 4,000 offline updates, before the critics' choice alone solves the task, over 12,000
+online steps. Groups of one task that differ online alone share their offline phase. Lines go to benchmark/results/dfp.jsonl
+with the evaluations of the training, (step, seconds, success, train success); a line that is there is not run again, a run that
+was cut is resumed.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class Config:
 
 
 def curve(out: Path) -> list[list[float]]:
-    """(step, seconds, score, success of training episodes since the last one) of every evaluation."""
+    """(step, seconds, success, success of training episodes since the last one) of every evaluation."""
     with open(out / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     points, training = [], []
     for row in rows:
         training += [float(row["episode_success"])] if row["episode_success"] else []
-        if row["score"]:
-            success = round(float(np.mean(training)), 3) if training else None
-            points.append([int(row["step"]), round(float(row["seconds"]), 1), round(float(row["score"]), 4), success])
+        if row["success_rate"]:
+            practice = round(float(np.mean(training)), 3) if training else None
+            points.append([int(row["step"]), round(float(row["seconds"]), 1), round(float(row["success_rate"]), 4), practice])
             training = []
     return points
 
@@ -71,10 +71,11 @@ def table(rows: list[dict]) -> str:
             lines.append(f"| {group} | - | not run | - | - | - | - | - |")
         mine = sorted((row for row in rows if row["group"] == group), key=lambda row: row["train_seed"])
         for row in mine:
-            low, high = row["score_ci95"]
+            share = row["success_rate"]
+            half = 1.96 * math.sqrt(share * (1 - share) / (row["episodes"] - 1))  # as evaluate.interval95
             lines.append(
-                f"| {group} | {row['train_seed']} | {row['offline_score']:.2f} | {row['score']:.2f} | "
-                f"{low:.2f} to {min(high, 1):.2f} | {row['last_score']:.2f} | "
+                f"| {group} | {row['train_seed']} | {row['offline_success']:.2f} | {share:.2f} | "
+                f"{max(share - half, 0):.2f} to {min(share + half, 1):.2f} | {row['last_success']:.2f} | "
                 f"{row['offline_return']:.0f} -> {row['last_return']:.0f} | "
                 f"{row['wall_s'] / 60:.0f} min |"
             )
@@ -89,7 +90,7 @@ def table_of_k(rows: list[dict]) -> str:
     ]
     for k, (double, average) in PUBLISHED_K.items():
         group = "cube-single-task2, early" + ("" if k == 4 else f", K = {k}")
-        mine = [(row["score"], row["last_score"], row["last_return"]) for row in rows if row["group"] == group]
+        mine = [(row["success_rate"], row["last_success"], row["last_return"]) for row in rows if row["group"] == group]
         best, last, back = np.mean(mine, axis=0) if mine else (math.nan,) * 3
         ours = f"{best:.2f} ({len(mine)}) | {last:.2f} | {back:.0f}" if mine else "not run | - | -"
         lines.append(f"| {k} | {ours} | {double} / {average} |")
@@ -97,26 +98,34 @@ def table_of_k(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Evaluations over steps: each task with its rivals; one line per seed. The offline phase is shaded."""
+    """Evaluations over steps, the mean of the seeds: tasks, rivals, K. They begin with the policy of the offline phase."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = list(dict.fromkeys(GROUPS[row["group"]][0] for row in rows))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3.4), layout="constrained", squeeze=False)
-    for ax, task in zip(axes[0], tasks, strict=True):
-        groups = [group for group in dict.fromkeys(row["group"] for row in rows) if GROUPS[group][0] == task]
-        for number, group in enumerate(groups):
-            for row in (row for row in rows if row["group"] == group):
-                steps, _, scores, _ = zip(*row["curve"], strict=True)
-                label = (group.removeprefix(task).strip(", ") or "DFP") if row["train_seed"] == 0 else None
-                ax.plot(np.array(steps) / 1e3, scores, color=f"C{number}", lw=1, label=label)
-                ax.axvspan(0, row["offline_steps"] / 1e3, color="tab:gray", alpha=0.06)
-        ax.set(title=task, xlabel="thousand updates offline, then steps online", ylim=(-0.02, 1.05))
+    early = "cube-single-task2, early"
+    panels = {
+        "from data to practice": {group: group for group, (_, steps, _) in GROUPS.items() if steps == FULL},
+        f"{early}: rivals": {early: "DFP", **{f"{early}, {rival}": rival for rival in RIVALS}},
+        f"{early}: K of 16": {f"{early}, K = {k}" if k != 4 else early: f"K = {k}" for k in PUBLISHED_K},
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained")
+    for ax, (title, groups) in zip(axes, panels.items(), strict=True):
+        for number, (group, label) in enumerate(groups.items()):
+            curves = [row["curve"] for row in rows if row["group"] == group]
+            if not curves:
+                continue
+            offline = GROUPS[group][1][0]
+            points = np.array([[(step, score) for step, _, score, _ in curve if step >= offline] for curve in curves])
+            x, y = points[0, :, 0] - offline, points[:, :, 1]
+            ax.plot(x / 1e3, y.mean(0), "o-", ms=3, color=f"C{number}", label=f"{label} ({len(curves)})")
+            ax.fill_between(x / 1e3, y.min(0), y.max(0), color=f"C{number}", alpha=0.12)
+        ax.set(title=title, xlabel="thousand steps online", ylim=(-0.02, 1.05))
         ax.grid(alpha=0.3)
-        ax.legend(loc="lower right")
-    axes[0, 0].set_ylabel("success, 30 episodes")
+        if ax.lines:
+            ax.legend(loc="lower right", fontsize=8)
+    axes[0].set_ylabel("success of 30 starts, mean (seeds)")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -28,6 +28,14 @@ def test_published_rewards_of_another_kind_give_way_to_success(tmp_path):
     assert np.flatnonzero(ends).tolist() == [4, 11] and rewards.tolist() == (ends - 1.0).tolist()
 
 
+def test_several_environments_can_share_an_update():
+    cfg = dfp_finetune.Config(num_envs=3, updates_per_step=0.25, start_after=12)
+    due = [dfp_finetune.updates_due(steps, cfg) for steps in range(3, 100, 3)]
+    assert due[:4] == [0] * 4 and set(due[4:]) == {0, 1}
+    assert sum(due) == int(99 * 0.25) - int(12 * 0.25)
+    assert dfp_finetune.updates_due(2_001, dfp_finetune.Config()) == 1
+
+
 # --- the critics --------------------------------------------------------------------------------------------------------
 
 

@@ -84,9 +84,11 @@ def test_a_run_writes_what_its_docstring_says(whole):
         "method",
         "offline_steps",
         "offline_score",
+        "offline_success",
         "offline_return",
         "offline_wall_s",
         "last_score",
+        "last_success",
         "last_return",
     }
     assert set(line) == CONTRACT | extra

@@ -236,6 +236,37 @@ def test_adroit_shapes_and_ends(task):
     env.close()
 
 
+@pytest.mark.parametrize("task", list(manipulation.ADROIT_REACHED))
+def test_adroits_states_tell_the_goal_as_the_simulator_does(task):
+    pytest.importorskip("gymnasium_robotics")
+    env, rng, states, said = manipulation.Adroit(task, "state"), np.random.default_rng(0), [], []
+    for seed in range(400 if task == "pen" else 60):  # of all directions one in forty is near enough
+        env.reset(seed=seed)
+        if task == "pen":
+            quaternion = rng.normal(size=4)
+            env.sim.model.body_quat[env.sim.target_obj_body_id] = quaternion / np.linalg.norm(quaternion)
+        if seed % 2 and task == "door":
+            env.sim.data.qpos[env.sim.door_hinge_addrs] = rng.uniform(1.2, 1.5)
+        if seed % 2 and task == "relocate":
+            ball = env.sim.data.xpos[env.sim.obj_body_id]
+            env.sim.model.site_pos[env.sim.target_obj_site_id] = ball + rng.uniform(-0.1, 0.1, 3)
+        for _ in range(3):
+            before = env.held
+            obs = env.step(rng.uniform(-0.2, 0.2, env.hand.actions))[0]
+            states.append(obs["state"]), said.append(env.held > before)
+    env.close()
+    assert 0 < sum(said) < len(said)
+    assert manipulation.ADROIT_REACHED[task](np.stack(states)).tolist() == said
+
+
+def test_demonstrations_of_adroit_succeed_before_they_end():
+    state, hold = np.zeros((70, 39), np.float32), manipulation.ADROIT["door"].hold
+    state[5:40, 28] = 1.4  # the first episode opens its door in step 5, the second one never holds it long enough
+    state[60:, 28] = 1.4
+    success = manipulation.adroit_success({"state": state}, np.array([50, 70]), "door")
+    assert np.flatnonzero(success).tolist() == list(range(5 + hold - 1, 50))  # what was held stays held
+
+
 def test_an_experts_arrays_become_a_policy(tmp_path):
     rng = np.random.default_rng(0)
     p = {"w0": rng.normal(size=(5, 3)), "b0": rng.normal(size=5), "w1": rng.normal(size=(2, 5)), "b1": rng.normal(size=2)}
