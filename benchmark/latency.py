@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import record
@@ -47,13 +48,14 @@ NETWORKS = {"fast": "mlp", "paper": "unet"}  # preset -> backbone
 PER_ROUND = 10  # calls of every one-step path in a round, in which diffusion is called once
 LONGEST_TURN = 2.0  # seconds; slower paths get fewer calls: a bfloat16 that the processor emulates takes a minute
 TEMPERATURE_NAMES = ("temp_schedule", "R_list", "temperatures", "taus")  # of the argument in drift losses that are public
+Preset = Literal["fast", "best", "paper"]
 LEAST_ROUNDS = 5  # however slow a path is
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    networks: tuple[str, ...] = ("fast", "paper")  # presets of dbp_train.py whose network is timed
-    training: tuple[str, ...] = ("fast",)  # presets whose training step is timed; a step of paper takes 40 s on one core
+    networks: tuple[Preset, ...] = ("fast", "paper")  # presets of dbp_train.py whose network is timed
+    training: tuple[Preset, ...] = ("fast",)  # presets whose training step is timed; a step of paper takes 40 s on one core
     seconds: float = 60.0  # of timed calls per network
     rounds: int = 40  # timed steps of each kind of training
     threads: int = 1  # of torch and of onnxruntime
