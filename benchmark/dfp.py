@@ -76,7 +76,7 @@ def table(rows: list[dict]) -> str:
             lines.append(
                 f"| {group} | {row['train_seed']} | {row['offline_success']:.2f} | {share:.2f} | "
                 f"{max(share - half, 0):.2f} to {min(share + half, 1):.2f} | {row['last_success']:.2f} | "
-                f"{row['offline_return']:.0f} -> {row['last_return']:.0f} | "
+                f"{row['offline_return']:.3g} -> {row['last_return']:.3g} | "
                 f"{row['wall_s'] / 60:.0f} min |"
             )
     return "\n".join(lines)
