@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +25,24 @@ import record
 import tyro
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluate
+
 RESULTS = ROOT / "benchmark" / "results" / "dfp.jsonl"
 RUNS = ROOT / "runs" / "benchmark"
 RIVALS = ("best-of-n", "random-k", "gradient")
+PUBLISHED_K = {1: (99.7, 85.8), 2: (100.0, 91.9), 4: (99.7, 95.6), 8: (99.8, 92.5)}  # cube-double, average of 12 tasks; N = 16
+COMPARED = "cube-single-task2, early"  # with its rivals and other numbers K; its own is 4
+OF_RIVALS = {rival: f"{COMPARED}, {rival}" for rival in RIVALS}
+OF_K = {k: COMPARED if k == 4 else f"{COMPARED}, K = {k}" for k in PUBLISHED_K}
 FULL, EARLY = (20_000, 20_000, 10_000), (4_000, 12_000, 4_000)  # updates offline, steps online, between evaluations
 GROUPS = {  # name: (task, numbers above, flags of dfp_finetune.py)
     **{f"cube-single-task{k}": (f"cube-single-task{k}", FULL, []) for k in range(1, 6)},
-    "cube-single-task2, early": ("cube-single-task2", EARLY, []),
-    **{f"cube-single-task2, early, {rival}": ("cube-single-task2", EARLY, ["--method", rival]) for rival in RIVALS},
-    **{f"cube-single-task2, early, K = {k}": ("cube-single-task2", EARLY, ["--positives", str(k)]) for k in (1, 2, 8)},
+    COMPARED: ("cube-single-task2", EARLY, []),
+    **{group: ("cube-single-task2", EARLY, ["--method", rival]) for rival, group in OF_RIVALS.items()},
+    **{group: ("cube-single-task2", EARLY, ["--positives", str(k)]) for k, group in OF_K.items() if k != 4},
     "pusht": ("pusht", FULL, []),
 }
-PUBLISHED_K = {1: (99.7, 85.8), 2: (100.0, 91.9), 4: (99.7, 95.6), 8: (99.8, 92.5)}  # cube-double, average of 12 tasks; N = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +77,11 @@ def table(rows: list[dict]) -> str:
             lines.append(f"| {group} | - | not run | - | - | - | - | - |")
         mine = sorted((row for row in rows if row["group"] == group), key=lambda row: row["train_seed"])
         for row in mine:
-            share = row["success_rate"]
-            half = 1.96 * math.sqrt(share * (1 - share) / (row["episodes"] - 1))  # as evaluate.interval95
+            share, episodes = row["success_rate"], row["episodes"]
+            low, high = evaluate.interval95(1.0 * (np.arange(episodes) < round(share * episodes)))
             lines.append(
                 f"| {group} | {row['train_seed']} | {row['offline_success']:.2f} | {share:.2f} | "
-                f"{max(share - half, 0):.2f} to {min(share + half, 1):.2f} | {row['last_success']:.2f} | "
+                f"{max(low, 0):.2f} to {min(high, 1):.2f} | {row['last_success']:.2f} | "
                 f"{row['offline_return']:.3g} -> {row['last_return']:.3g} | "
                 f"{row['wall_s'] / 60:.0f} min |"
             )
@@ -84,15 +90,16 @@ def table(rows: list[dict]) -> str:
 
 def table_of_k(rows: list[dict]) -> str:
     lines = [
-        "| K of N = 16 | cube-single-task2, early: best evaluation's, mean (seeds) | the last one | return of the last one | "
+        f"| K of N = 16 | {COMPARED}: best evaluation's, mean (seeds) | the last one | return of the last one | "
         "published: cube-double / average |",
         "|---|---|---|---|---|",
     ]
     for k, (double, average) in PUBLISHED_K.items():
-        group = "cube-single-task2, early" + ("" if k == 4 else f", K = {k}")
-        mine = [(row["success_rate"], row["last_success"], row["last_return"]) for row in rows if row["group"] == group]
-        best, last, back = np.mean(mine, axis=0) if mine else (math.nan,) * 3
-        ours = f"{best:.2f} ({len(mine)}) | {last:.2f} | {back:.0f}" if mine else "not run | - | -"
+        mine = [(row["success_rate"], row["last_success"], row["last_return"]) for row in rows if row["group"] == OF_K[k]]
+        ours = "not run | - | -"
+        if mine:
+            best, last, back = np.mean(mine, axis=0)
+            ours = f"{best:.2f} ({len(mine)}) | {last:.2f} | {back:.0f}"
         lines.append(f"| {k} | {ours} | {double} / {average} |")
     return "\n".join(lines)
 
@@ -104,11 +111,10 @@ def draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    early = "cube-single-task2, early"
     panels = {
         "from data to practice": {group: group for group, (_, steps, _) in GROUPS.items() if steps == FULL},
-        f"{early}: rivals": {early: "DFP", **{f"{early}, {rival}": rival for rival in RIVALS}},
-        f"{early}: K of 16": {f"{early}, K = {k}" if k != 4 else early: f"K = {k}" for k in PUBLISHED_K},
+        f"{COMPARED}: rivals": {COMPARED: "DFP", **{group: rival for rival, group in OF_RIVALS.items()}},
+        f"{COMPARED}: K of 16": {group: f"K = {k}" for k, group in OF_K.items()},
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained")
     for ax, (title, groups) in zip(axes, panels.items(), strict=True):
