@@ -222,7 +222,7 @@ def robomimic_task(task: str, absolute: bool, view: str) -> Task:
         | ({"obs_steps": 1, "batch_size": 64} if view == "image" else {}),
         # Success alone is rewarded, and a chunk has 28 numbers and more: with a KL limit of 0.05, summed over all of them, one to
         # five of ten updates passed, and Lift went from 0.63 to 0.80 of 30 selection starts in 200,000 steps.
-        finetune={"env_steps": 300_000, "num_envs": 10, "decisions": 80, "minibatch": 400, "critic_only": 3}
+        finetune={"env_steps": 1_000_000, "num_envs": 10, "decisions": 80, "minibatch": 400, "critic_only": 3}
         | {"actor_lr": 3e-5, "actor_lr_end": 1e-5, "clip": 0.2, "target_kl": 0.2, "anchor": 0.1, "latent_scale": 0.5}
         | {"eval_every": 10, "eval_episodes": 30},
         improve={"temperatures": (0.005, 0.05), "positives": 2, "candidates": 4},  # as published
