@@ -36,7 +36,7 @@ from policy import Policy
 
 SELECTION_SEED = 50_000  # first start of the evaluations that choose a checkpoint
 REPORT_SEED = 100_000  # first start of the final evaluation
-COLUMNS = ["score", "score_low", "score_high", "success_rate"]  # of a training's log
+COLUMNS = ["score", "score_low", "score_high", "success_rate", "mean_return"]  # of a training's log
 Z95 = 1.96  # standard errors in half of a normal 95 % interval
 FILMED = 3  # episodes shown next to each other in a GIF
 EXPORT_TOLERANCE = 1e-5  # of the actions' half range: float32 rounding stays below, a wrong graph does not
@@ -161,7 +161,7 @@ def select(policy: Policy, task: envs.Task, episodes: int) -> dict[str, float]:
     """An evaluation in the middle of a training, from which the best checkpoint is chosen: COLUMNS of the run log."""
     results = rollout(policy, task, list(range(SELECTION_SEED, SELECTION_SEED + episodes)))
     low, high = interval95(results["score"])
-    values = (float(results["score"].mean()), low, high, float(results["success"].mean()))
+    values = (float(results["score"].mean()), low, high, float(results["success"].mean()), float(results["return"].mean()))
     return dict(zip(COLUMNS, values, strict=True))
 
 

@@ -81,13 +81,13 @@ class ReplayBuffer:
         self.ends += [first + int(end) for end in ends]
 
     def sample(
-        self, batch: int, generator: torch.Generator, since: int = 0, share: float = 0.0
+        self, batch: int, generator: torch.Generator, since: int = 0, later: int = 0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """cond (B, C), chunk (B, h, Da), returns (B,), alive (B,), cond after the chunk (B, C).
 
-        All chunks have equal chance but for `share` of the batch, which comes from the chunks number `since` and later.
+        All chunks have equal chance but for the first `later` of the batch, which come from the chunks number `since` and on.
         """
-        later = round(share * batch) if self.chunks > since else 0
+        later = later if self.chunks > since else 0
         which = torch.randint(self.chunks, (batch - later,), generator=generator)
         if later:
             which = torch.cat([torch.randint(since, self.chunks, (later,), generator=generator), which])

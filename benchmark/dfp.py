@@ -4,12 +4,11 @@
     python benchmark/dfp.py --print                      the tables of what there is, and the picture
 
 The offline success is that of the policy at the end of the offline phase, then come the best evaluation's policy and the last
-one, all over 50 starts that no choice has seen (seeds 100,000 on); the return is minus the steps until success. The cubes have
+one, all over 100 starts that no choice has seen (seeds 100,000 on); the return is minus the steps until success. The cubes have
 200 episodes of play (200,000 steps) of OGBench's own oracle, recorded here, Push-T the embedded demonstrations. The rivals and
-the numbers K are compared `early`: from 4,000 offline updates, before the critics' choice alone solves the task, over 12,000
-online steps. Groups of one task that differ online alone share their offline phase. Lines go to benchmark/results/dfp.jsonl
-with the evaluations of the training, (step, seconds, success, train success); a line that is there is not run again, a run that
-was cut is resumed.
+the numbers K are compared on task 1. Groups of one task that differ online alone share their offline phase. Lines go to
+benchmark/results/dfp.jsonl with the evaluations of the training, (step, seconds, success, train success, return); a line that is
+there is not run again, a run that was cut is resumed.
 """
 
 from __future__ import annotations
@@ -32,16 +31,18 @@ RESULTS = ROOT / "benchmark" / "results" / "dfp.jsonl"
 RUNS = ROOT / "runs" / "benchmark"
 RIVALS = ("best-of-n", "random-k", "gradient")
 PUBLISHED_K = {1: (99.7, 85.8), 2: (100.0, 91.9), 4: (99.7, 95.6), 8: (99.8, 92.5)}  # cube-double, average of 12 tasks; N = 16
-COMPARED = "cube-single-task2, early"  # with its rivals and other numbers K; its own is 4
+COMPARED = "cube-single-task1"  # with its rivals and other numbers K; its own is 4
 OF_RIVALS = {rival: f"{COMPARED}, {rival}" for rival in RIVALS}
 OF_K = {k: COMPARED if k == 4 else f"{COMPARED}, K = {k}" for k in PUBLISHED_K}
-FULL, EARLY = (20_000, 20_000, 10_000), (4_000, 12_000, 4_000)  # updates offline, steps online, between evaluations
-GROUPS = {  # name: (task, numbers above, flags of dfp_finetune.py)
-    **{f"cube-single-task{k}": (f"cube-single-task{k}", FULL, []) for k in range(1, 6)},
-    COMPARED: ("cube-single-task2", EARLY, []),
-    **{group: ("cube-single-task2", EARLY, ["--method", rival]) for rival, group in OF_RIVALS.items()},
-    **{group: ("cube-single-task2", EARLY, ["--positives", str(k)]) for k, group in OF_K.items() if k != 4},
-    "pusht": ("pusht", FULL, []),
+OFFLINE = 20_000  # updates
+STEPS = ["--offline-steps", str(OFFLINE), "--eval-every", "10000", "--report-episodes", "100"]
+GRADIENT = ["--topk-weight", "0.5"]  # of the value; it was chosen for DFP's samples of std 1
+GROUPS = {  # name: (task, flags of dfp_finetune.py)
+    COMPARED: (COMPARED, []),
+    **{group: (COMPARED, ["--method", rival, *(GRADIENT if rival == "gradient" else [])]) for rival, group in OF_RIVALS.items()},
+    **{group: (COMPARED, ["--positives", str(k)]) for k, group in OF_K.items() if k != 4},
+    **{f"cube-single-task{k}": (f"cube-single-task{k}", []) for k in range(2, 6)},
+    "pusht": ("pusht", []),
 }
 
 
@@ -53,7 +54,7 @@ class Config:
 
 
 def curve(out: Path) -> list[list[float]]:
-    """(step, seconds, success, success of training episodes since the last one) of every evaluation."""
+    """(step, seconds, success, success of training episodes since the last one, return) of every evaluation."""
     with open(out / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     points, training = [], []
@@ -61,7 +62,8 @@ def curve(out: Path) -> list[list[float]]:
         training += [float(row["episode_success"])] if row["episode_success"] else []
         if row["success_rate"]:
             practice = round(float(np.mean(training)), 3) if training else None
-            points.append([int(row["step"]), round(float(row["seconds"]), 1), round(float(row["success_rate"]), 4), practice])
+            measured = (round(float(row[name]), digits) for name, digits in (("seconds", 1), ("success_rate", 4)))
+            points.append([int(row["step"]), *measured, practice, round(float(row["mean_return"]), 2)])
             training = []
     return points
 
@@ -105,33 +107,34 @@ def table_of_k(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Evaluations over steps, the mean of the seeds: tasks, rivals, K. They begin with the policy of the offline phase."""
+    """Evaluations (30 starts) over steps, the mean of the seeds: tasks, rivals, K. They begin with the offline phase's policy."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {
-        "from data to practice": {group: group for group, (_, steps, _) in GROUPS.items() if steps == FULL},
-        f"{COMPARED}: rivals": {COMPARED: "DFP", **{group: rival for rival, group in OF_RIVALS.items()}},
-        f"{COMPARED}: K of 16": {group: f"K = {k}" for k, group in OF_K.items()},
+    panels = {  # title: (number of a point, {group: label})
+        "from data to practice": (2, {group: group for group in GROUPS if group not in (*OF_RIVALS.values(), *OF_K.values())}),
+        f"{COMPARED}: rivals": (4, {COMPARED: "DFP", **{group: rival for rival, group in OF_RIVALS.items()}}),
+        f"{COMPARED}: K of 16": (4, {group: f"K = {k}" for k, group in OF_K.items()}),
     }
+    panels["from data to practice"][1][COMPARED] = COMPARED
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained")
-    for ax, (title, groups) in zip(axes, panels.items(), strict=True):
+    for ax, (title, (value, groups)) in zip(axes, panels.items(), strict=True):
         for number, (group, label) in enumerate(groups.items()):
-            curves = [row["curve"] for row in rows if row["group"] == group]
+            curves = [[point for point in row["curve"] if point[0] >= OFFLINE] for row in rows if row["group"] == group]
             if not curves:
                 continue
-            offline = GROUPS[group][1][0]
-            points = np.array([[(step, score) for step, _, score, _ in curve if step >= offline] for curve in curves])
-            x, y = points[0, :, 0] - offline, points[:, :, 1]
-            ax.plot(x / 1e3, y.mean(0), "o-", ms=3, color=f"C{number}", label=f"{label} ({len(curves)})")
-            ax.fill_between(x / 1e3, y.min(0), y.max(0), color=f"C{number}", alpha=0.12)
-        ax.set(title=title, xlabel="thousand steps online", ylim=(-0.02, 1.05))
+            x = (np.array([point[0] for point in curves[0]]) - OFFLINE) / 1e3
+            y = np.array([[point[value] for point in curve] for curve in curves])
+            ax.plot(x, y.mean(0), "o-", ms=3, color=f"C{number}", label=f"{label} ({len(curves)})")
+            ax.fill_between(x, y.min(0), y.max(0), color=f"C{number}", alpha=0.12)
+        ax.set(title=title, xlabel="thousand steps online", ylabel="return" if value == 4 else "success")
+        if value == 2:
+            ax.set_ylim(-0.02, 1.05)
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(loc="lower right", fontsize=8)
-    axes[0].set_ylabel("success of 30 starts, mean (seeds)")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -143,14 +146,14 @@ def main() -> None:
     done = {(row["group"], row["train_seed"]) for row in record.read(RESULTS)}
     jobs = [(g, s) for g in cfg.only or GROUPS for s in cfg.seeds if (g, s) not in done]
     for group, seed in [] if cfg.print else jobs:
-        task, (offline_steps, online_steps, eval_every), flags = GROUPS[group]
+        task, flags = GROUPS[group]
         out = RUNS / f"dfp-{group.replace(', ', '-').replace(' = ', '')}-{seed}"
-        common = ["--env", task, "--seed", str(seed), "--offline-steps", str(offline_steps), "--eval-every", str(eval_every)]
+        common = ["--env", task, "--seed", str(seed), *STEPS]
         if "gradient" not in flags and not out.exists():  # the others differ online alone: one offline phase serves them all
-            offline = RUNS / f"dfp-{task}-offline{offline_steps}-{seed}"
+            offline = RUNS / f"dfp-{task}-offline{OFFLINE}-{seed}"
             record.run("dfp_finetune.py", offline, [*common, "--online-steps", "0"])
             shutil.copytree(offline, out, ignore=shutil.ignore_patterns("result.json", "rollout.gif"))
-        line = record.run("dfp_finetune.py", out, [*common, "--online-steps", str(online_steps), *flags])
+        line = record.run("dfp_finetune.py", out, [*common, "--online-steps", "20000", *flags])
         record.append(RESULTS, {"group": group, "train_seed": seed}, {**line, "curve": curve(out)})
     rows = record.read(RESULTS)
     print(table(rows) + "\n\n" + table_of_k(rows))
