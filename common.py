@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import errno
 import os
 import random
 import signal
@@ -22,6 +23,11 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing guards the folder of a run
+    fcntl = None
 
 FORMAT_VERSION = 1  # of the checkpoints; raised when their layout changes
 
@@ -150,6 +156,35 @@ def keep_earlier_run(out: Path, say: Callable[[str], None]) -> None:
     with plain_errors():
         out.rename(f"{out}.{number}")
     say(f"the earlier run in {out} is now {out}.{number}")
+
+
+LOCKS: list[int] = []  # open files of this process, until it ends, however it ends
+
+
+def claim_folder(out: Path, fresh: bool, say: Callable[[str], None]) -> None:
+    """Make the folder of a run and lock it: two processes that train in one folder would write over each other's files.
+
+    fresh: an earlier run that lies there moves aside. Raises UserError where another process has it.
+    """
+    with plain_errors():
+        if (out / ".lock").exists():  # before anything moves
+            os.close(_lock(out))
+        if fresh:
+            keep_earlier_run(out, say)
+        out.mkdir(parents=True, exist_ok=True)
+        LOCKS.append(_lock(out))
+
+
+def _lock(out: Path) -> int:
+    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: workers do not inherit it
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # others: file systems without locks
+            os.close(file)
+            raise UserError(f"another process trains in {out}; wait until it ends or choose another --out", 2) from error
+    return file
 
 
 def catch_signals() -> list[int]:

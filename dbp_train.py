@@ -40,7 +40,7 @@ from common import (
     average_gradients,
     average_over_ranks,
     catch_signals,
-    keep_earlier_run,
+    claim_folder,
     plain_errors,
     read_config,
     run_main,
@@ -340,10 +340,8 @@ def main() -> None:
         say(f"resumed at step {step:,}")
     forces = [f"force_rms_{tau:g}" for tau in cfg.temperatures]
     if first:
-        if state is None:
-            keep_earlier_run(out, say)
+        claim_folder(out, state is None, say)
         with plain_errors():
-            out.mkdir(parents=True, exist_ok=True)
             if state is None:
                 (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
             columns = ["seconds", "lr", "distance", "scale", *forces, "grad_norm", *evaluate.COLUMNS]

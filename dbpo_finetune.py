@@ -52,7 +52,7 @@ from common import (
     average_gradients,
     average_over_ranks,
     catch_signals,
-    keep_earlier_run,
+    claim_folder,
     plain_errors,
     read_config,
     run_main,
@@ -425,10 +425,8 @@ def main() -> None:
         iteration, best, seconds = state["iteration"], state["best"], state["seconds"]
         say(f"resumed at iteration {iteration}, {iteration * per_iteration:,} environment steps")
     if first:
-        if state is None:
-            keep_earlier_run(out, say)
+        claim_folder(out, state is None, say)
         with plain_errors():
-            out.mkdir(parents=True, exist_ok=True)
             if state is None:
                 (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
             columns = [

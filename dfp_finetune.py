@@ -48,7 +48,7 @@ from common import (
     RunLog,
     UserError,
     catch_signals,
-    keep_earlier_run,
+    claim_folder,
     plain_errors,
     read_config,
     run_main,
@@ -530,10 +530,8 @@ def main() -> None:
         plans, successes = state["plans"].numpy(), state["successes"]
         step, best, seconds, offline_line = state["step"], state["best"], state["seconds"], state["offline"]
         print(f"resumed at step {step:,}")
-    else:
-        keep_earlier_run(out, print)
+    claim_folder(out, state is None, print)
     with plain_errors():
-        out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
         forces = [f"force_rms_{tau:g}" for tau in cfg.temperatures]
         columns = ["seconds", "critic_loss", "q", "q_error", "distance", "scale", *forces, "gain", "episode_success"]

@@ -5,13 +5,16 @@ import errno
 import os
 import pickle
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import common
-from common import RunLog, UserError, load_checkpoint, plain_errors, run_main, save_checkpoint, seed_everything
+from common import RunLog, UserError, claim_folder, load_checkpoint, plain_errors, run_main, save_checkpoint, seed_everything
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -160,6 +163,24 @@ def test_run_log_resumes_at_its_step(tmp_path):
     assert again.column("score") == ([100], [1])  # the curve keeps what was before the resume
     RunLog(tmp_path, ["loss", "score"]).close()
     assert read_rows(tmp_path) == []  # a new run starts a new file
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_two_processes_do_not_train_in_one_folder(fresh, tmp_path):
+    out = tmp_path / "run"
+    hold = f"import common; common.claim_folder(common.Path({str(out)!r}), True, print); print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold]
+    first = subprocess.Popen(command, cwd=Path(common.__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    (out / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"another process trains in {out}; wait"):
+        claim_folder(out, fresh, print)
+    assert (out / "config.json").exists() and not Path(f"{out}.1").exists()  # nothing moved
+    first.kill()
+    first.wait()
+    said = []
+    claim_folder(out, fresh, said.append)
+    assert (out / "config.json").exists() != fresh and Path(f"{out}.1").exists() == fresh == bool(said)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
