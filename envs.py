@@ -237,7 +237,7 @@ def cube_task(size: str, task: int) -> Task:
         action_dim=cubes.ACTIONS,
         make=partial(GymVector, partial(cubes.Cubes, size, task), processes=True),
         make_training=partial(GymVector, partial(cubes.Cubes, size, task)),  # one environment: no need to wait for messages
-        side_by_side=10,  # a model of 80 MB each
+        side_by_side=5,  # half a gigabyte each: the imports, the model and what compiling it leaves
         demo_arrays=("state", "action", "observations", "actions"),
         demo_convert=partial(cubes.play_demos, size=size),
         demo_record=partial(cubes.record_play, size=size),
