@@ -6,8 +6,8 @@
     python dfp_finetune.py --env cube-single-task2 --resume            go on where a run was stopped
 
 The loss is DBP's (drift.py) with other positives. Offline, the positive is the chunk of the data: L_BC. Online, a second term
-is added, L_BC + lambda L_topK, whose positives are those K of N chunks, proposed by an older self, that the critic values
-highest. No gradient of the critic enters the policy: the drift pulls towards good actions that exist.
+with the same samples is added, L_BC + lambda L_topK, whose positives are those K of N chunks, proposed by an older self, that the
+critic values highest. No gradient of the critic enters the policy: the drift pulls towards good actions that exist.
 
     cond     observation                     (B, C)         chunk    h actions of the data, normalised   (B, h, Da)
     z        latents                         (B, ., h, Da)  Q        mean of two critics: the return to come
@@ -84,7 +84,6 @@ class Config:
     start_after: int = 2_000  # of these, steps before the first online update; published: 5,000
     updates_per_step: float = 1.0  # online updates per environment step, such as 0.25 for 8 environments; published: 1
     num_envs: int = 1  # environments; published: 1
-    online_share: float = 0.5  # of each online minibatch, from online episodes alone, not cloned; DEPARTS published: 0, all alike
 
     horizon: int = 5  # h, actions of a chunk, all executed; published: 5
     gamma: float = 0.99  # discount per step; published: 0.99
@@ -94,7 +93,7 @@ class Config:
     temperatures: tuple[float, ...] = (0.05,)  # T of the drift; published: 0.05, on RoboMimic 0.005 and 0.05
     proposals: int = 16  # N; published: 16
     positives: int = 4  # K; published: 4, on RoboMimic 2
-    topk_weight: float = 0.15  # lambda; published: 0.5, at latent_scale 1. Of the value's term where --method is gradient
+    topk_weight: float = 0.5  # lambda; published: 0.5. Of the value's term where --method is gradient
     latent_scale: float = 0.25  # std of the latents of proposals, and when acting; DEPARTS published: 1, see `Learner.latents`
     candidates: int = 8  # N', of acting and of the critic's target; published: 16, on RoboMimic 4
     old_rate: float = 1e-4  # pi_old follows the actor by so much per update; published: 1e-4
@@ -125,9 +124,7 @@ PRESETS: dict[str, dict] = {
         "backbone": "plain",
         "width": 512,
         "depth": 4,
-        "topk_weight": 0.5,
         "latent_scale": 1.0,
-        "online_share": 0.0,
         "acting_rate": 1.0,
         "batch_size": 256,
         "hypotheses": 8,
@@ -148,7 +145,7 @@ METHODS = {
 TRAIN_SEED = 2_000_000  # first start of the training episodes
 LOG_EVERY = 200  # updates or environment steps between rows of metrics.csv
 FREE_ON_RESUME = {"resume", "out", "device", "compile"}  # what --resume may change
-ONLINE = {"online_steps", "start_after", "updates_per_step", "online_share", "proposals", "positives", "topk_weight", "old_rate"}
+ONLINE = {"online_steps", "start_after", "updates_per_step", "proposals", "positives", "topk_weight", "old_rate"}
 ONLINE |= {"method", "eval_every", "save_every"}  # what it may change, too, as long as no online step was made
 
 
@@ -174,23 +171,17 @@ def top_k_positives(chunks: Tensor, q: Tensor, k: int) -> Tensor:
 
 
 def actor_loss(
-    generated: Tensor,
-    expert: Tensor,
-    positives: Tensor | None,
-    weight: float,
-    temperatures: tuple[float, ...],
-    acted: Tensor | None = None,
+    generated: Tensor, expert: Tensor, positives: Tensor | None, weight: float, temperatures: tuple[float, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = L_BC + lambda L_topK, two drift losses of the same samples; L_BC alone without positives.
 
     Args: generated (B, N_gen, S), the policy's samples, which are also the negatives; expert (B, 1, S), the chunk of the data;
-        positives (B, K, S) or None; weight: lambda; acted: the samples of L_topK where they are others, see `Learner.update`, and
-        their B with that of the positives. Returns: loss, a scalar, and dbp_loss's diagnostics of L_BC.
+        positives (B, K, S) or None; weight: lambda. Returns: loss, a scalar, and dbp_loss's diagnostics of L_BC.
     """
     loss, diagnostics = dbp_loss(generated, expert, temperatures=temperatures)
     loss = loss.mean()
     if positives is not None:
-        improvement, _ = dbp_loss(generated if acted is None else acted, positives, temperatures=temperatures)
+        improvement, _ = dbp_loss(generated, positives, temperatures=temperatures)
         loss = loss + weight * improvement.mean()
     return loss, diagnostics
 
@@ -239,15 +230,8 @@ class Learner:
         return chunks, self.critic(cond, chunks).mean(0)
 
     def update(self, batch: tuple[Tensor, ...], online: bool, generator: torch.Generator) -> dict[str, Tensor]:
-        """One step of the critics, of their slow copy, of the actor and, online, of pi_old. batch: see ReplayBuffer.sample.
-
-        DEPARTS in two ways from one set of samples for both terms of the actor's loss. What the critics choose improves the
-        samples that act, of std `latent_scale` as the proposals are: pulled towards those, the others of std 1 gathered around
-        them, to a third of their spread in 20,000 steps. And the online share of the batch teaches the critics, and the actor
-        through them, but is not cloned: it holds what failed.
-        """
+        """One step of the critics, of their slow copy, of the actor and, online, of pi_old. batch: see ReplayBuffer.sample."""
         cfg, (cond, chunk, returns, alive, next_cond) = self.cfg, batch
-        own = online_rows(cfg) if online else 0  # which come first
 
         # Critics.
         with torch.no_grad():
@@ -263,25 +247,18 @@ class Learner:
         # Actor: towards the data's chunk and, online, towards the best of pi_old's proposals. No gradient enters the critics.
         self.critic.requires_grad_(False)
         row = {"critic_loss": loss.detach(), "q": q.detach().mean(), "q_error": loss.detach().sqrt()}
-        improving = cfg.method == "gradient" or (online and cfg.method in ("dfp", "random-k"))
-        z = self.latents(cfg.hypotheses, generator)
-        if improving and cfg.latent_scale != 1:
-            z = torch.cat([z, self.latents(cfg.hypotheses, generator, cfg.latent_scale)], 1)
-        samples = self.policy.backbone(z, cond)  #                                 (B, N_gen or twice, h, Da)
-        generated, acted = samples[own:, : cfg.hypotheses], samples[:, -cfg.hypotheses :]
+        generated = self.policy.backbone(self.latents(cfg.hypotheses, generator), cond)  # (B, N_gen, h, Da)
         positives = None
-        if improving and cfg.method != "gradient":
+        if online and cfg.method in ("dfp", "random-k"):
             with torch.no_grad():
                 proposals, value = self.proposals(cond, generator)
             rank = value if cfg.method == "dfp" else torch.rand(value.shape, generator=generator).to(value.device)
             positives = top_k_positives(proposals.flatten(2), rank, cfg.positives)
             row["gain"] = value.gather(1, rank.topk(cfg.positives, 1).indices).mean() - value.mean()
-        expert = chunk[own:].flatten(1).unsqueeze(1)  #                            (B - own, 1, S)
-        loss, diagnostics = actor_loss(
-            generated.flatten(2), expert, positives, cfg.topk_weight, cfg.temperatures, acted.flatten(2)
-        )
+        expert = chunk.flatten(1).unsqueeze(1)  #                                  (B, 1, S)
+        loss, diagnostics = actor_loss(generated.flatten(2), expert, positives, cfg.topk_weight, cfg.temperatures)
         if cfg.method == "gradient":  # the rival: uphill through the critics
-            value = self.critic(cond, acted.clamp(-1, 1))
+            value = self.critic(cond, generated.clamp(-1, 1))
             loss = loss - cfg.topk_weight * value.mean() / value.detach().abs().mean().clamp_min(1e-6)
         self.actor_optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -315,7 +292,6 @@ def check(cfg: Config) -> None:
         (("lr", "latent_scale", "updates_per_step"), lambda x: 0 < x < math.inf, "above 0"),
         (("topk_weight",), lambda x: 0 <= x < math.inf, "a number from 0 on"),
         (("gamma", "old_rate", "target_rate", "acting_rate"), lambda x: 0 <= x <= 1, "between 0 and 1"),
-        (("online_share",), lambda x: 0 <= x < 1, "from 0 to below 1"),
         (("candidates",), lambda x: x >= 2, "at least 2: the critic picks one of them"),
     ):
         for name in names:
@@ -399,11 +375,6 @@ def make_policy(cfg: Config, task: envs.Task, data: demos.Demos) -> Policy:
     )
     policy.fit_normalizers(data.obs, data.actions)
     return policy
-
-
-def online_rows(cfg: Config) -> int:
-    """How many rows of an online minibatch come from the online episodes alone."""
-    return int(cfg.online_share * cfg.batch_size)
 
 
 def updates_due(steps: int, cfg: Config) -> int:
@@ -499,7 +470,7 @@ def main() -> None:
         buffer.add(condition(policy, data.obs), actions, rewards, terminated, data.episode_ends)
         if not buffer.chunks:
             raise ValueError(f"{data.source}: no episode is as long as a chunk of {cfg.horizon} steps")
-    offline_rows, offline_chunks, recorder = buffer.size, buffer.chunks, Recorder(cfg.num_envs)
+    offline_rows, recorder = buffer.size, Recorder(cfg.num_envs)
     actor, critics = (sum(p.numel() for p in part.parameters()) for part in (policy.backbone, policy.critic))
     print(
         f"DFP on {cfg.env}: {data.source}, {len(data.episode_ends)} episodes, {offline_rows:,} steps, of which "
@@ -605,8 +576,7 @@ def main() -> None:
                     successes.append(float(info["success"][i]))
             step += cfg.num_envs
             updates = range(updates_due(step - cfg.offline_steps, cfg))
-            mixed = cfg.batch_size, generator, offline_chunks, online_rows(cfg)
-            records = [learner.update(buffer.sample(*mixed), True, generator) for _ in updates]
+            records = [learner.update(buffer.sample(cfg.batch_size, generator), True, generator) for _ in updates]
         bar.update(min(cfg.num_envs if online else 1, total - bar.n))
 
         # Log, evaluate, save.

@@ -80,17 +80,9 @@ class ReplayBuffer:
         self.size, self.chunks = last, self.chunks + len(starts)
         self.ends += [first + int(end) for end in ends]
 
-    def sample(
-        self, batch: int, generator: torch.Generator, since: int = 0, later: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """cond (B, C), chunk (B, h, Da), returns (B,), alive (B,), cond after the chunk (B, C).
-
-        All chunks have equal chance but for the first `later` of the batch, which come from the chunks number `since` and on.
-        """
-        later = later if self.chunks > since else 0
-        which = torch.randint(self.chunks, (batch - later,), generator=generator)
-        if later:
-            which = torch.cat([torch.randint(since, self.chunks, (later,), generator=generator), which])
+    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """cond (B, C), chunk (B, h, Da), returns (B,), alive (B,), cond after the chunk (B, C). All chunks have equal chance."""
+        which = torch.randint(self.chunks, (batch,), generator=generator)
         t = self.starts[which].to(self.device)
         chunk = self.actions[t.unsqueeze(1) + torch.arange(self.horizon, device=self.device)]
         following = (t + self.horizon).clamp(max=self.size - 1)  # where nothing follows, alive is 0 and any row will do

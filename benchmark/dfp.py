@@ -36,10 +36,9 @@ OF_RIVALS = {rival: f"{COMPARED}, {rival}" for rival in RIVALS}
 OF_K = {k: COMPARED if k == 4 else f"{COMPARED}, K = {k}" for k in PUBLISHED_K}
 OFFLINE = 20_000  # updates
 STEPS = ["--offline-steps", str(OFFLINE), "--eval-every", "10000", "--report-episodes", "100"]
-GRADIENT = ["--topk-weight", "0.5"]  # of the value; it was chosen for DFP's samples of std 1
 GROUPS = {  # name: (task, flags of dfp_finetune.py)
     COMPARED: (COMPARED, []),
-    **{group: (COMPARED, ["--method", rival, *(GRADIENT if rival == "gradient" else [])]) for rival, group in OF_RIVALS.items()},
+    **{group: (COMPARED, ["--method", rival]) for rival, group in OF_RIVALS.items()},
     **{group: (COMPARED, ["--positives", str(k)]) for k, group in OF_K.items() if k != 4},
     **{f"cube-single-task{k}": (f"cube-single-task{k}", []) for k in range(2, 6)},
     "pusht": ("pusht", []),

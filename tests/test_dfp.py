@@ -126,36 +126,6 @@ def test_the_actor_follows_both_drifts_and_nothing_reaches_the_positives():
     assert alone < loss and same["distance"] == diagnostics["distance"]
 
 
-def test_the_two_terms_may_have_samples_of_their_own():
-    generator = torch.Generator().manual_seed(0)
-    x, acted, expert, positives = (torch.randn(3, n, 4, generator=generator) for n in (5, 5, 1, 2))
-    x.requires_grad_()
-    acted.requires_grad_()
-    actor_loss(x[1:], expert[1:], positives, 0.5, (0.3,), acted)[0].backward()
-    for sample, refs, weight in ((x[1:], expert[1:], 1.0), (acted, positives, 0.5)):
-        V, unit, _ = drift_field(sample.detach(), refs, temperatures=(0.3,))
-        gradient = x.grad[1:] if weight == 1 else acted.grad
-        assert torch.allclose(gradient, -2 * weight * V / (unit * sample.numel()), atol=1e-6)
-
-
-@pytest.mark.parametrize("method", ["dfp", "best-of-n", "random-k", "gradient"])
-def test_the_online_share_of_a_batch_teaches_the_critics_but_is_not_cloned(method):
-    cfg = dfp_finetune.Config(method=method, batch_size=8, horizon=2, topk_weight=0.0, online_share=0.5)
-    batch = [torch.randn(8, 3), torch.rand(8, 2, 1), torch.randn(8), torch.ones(8), torch.randn(8, 3)]
-    weights = []
-    for changed in (None, 0, 7):  # the row whose chunk is another: one of the online share, one of the rest
-        learner = dfp_finetune.Learner(policy_with_critic(), cfg)
-        chunk = batch[1].clone()
-        if changed is not None:
-            chunk[changed] *= -1
-        learner.update((batch[0], chunk, *batch[2:]), True, torch.Generator().manual_seed(0))
-        parts = learner.policy.backbone, learner.critic
-        weights.append([torch.nn.utils.parameters_to_vector(part.parameters()).detach() for part in parts])
-    same, first, last = weights
-    assert torch.equal(first[0], same[0]) and not torch.equal(last[0], same[0])
-    assert not torch.equal(first[1], same[1]) and not torch.equal(last[1], same[1])
-
-
 def test_top_k_moves_a_policy_to_the_better_of_two_ways():
     """Data with two ways to act, -0.6 and 0.6; the second earns more. Cloning keeps both, top-K goes to the second."""
     share = {}

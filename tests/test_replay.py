@@ -71,20 +71,6 @@ def test_no_chunk_of_a_sample_crosses_an_episodes_end():
     assert seen == {t for t in range(21) if by_hand(data["rewards"], data["terminated"], data["ends"], t)[2]}
 
 
-def test_a_share_of_the_batch_comes_from_the_later_chunks():
-    buffer, _ = filled(60)
-    since = buffer.chunks
-    generator = torch.Generator().manual_seed(0)
-    assert len(buffer.sample(8, generator, since, 4)[0]) == 8  # nothing later: all from what there is
-    later = episodes(1)
-    later["obs"] += 100
-    buffer.add(**later)
-    obs = buffer.sample(2000, generator, since, 1000)[0]
-    assert len(obs) == 2000 and 0.7 < (obs[:, 0] > 50).float().mean() < 0.8  # a half, and half of the other half
-    assert (obs[:1000, 0] > 50).all()  # which come first
-    assert (buffer.sample(50, generator, since, 50)[0][:, 0] > 50).all()
-
-
 @pytest.mark.parametrize("success", [True, False])
 def test_the_last_chunk_of_an_episode_leads_to_success_or_to_the_final_observation(success):
     buffer, recorder = ReplayBuffer(20, 1, 1, H, GAMMA, torch.device("cpu")), Recorder(1)
