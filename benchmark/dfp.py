@@ -118,8 +118,10 @@ def draw(rows: list[dict], path: Path) -> None:
         f"{COMPARED}: K of 16": (4, {group: f"K = {k}" for k, group in OF_K.items()}),
     }
     panels["from data to practice"][1][COMPARED] = COMPARED
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained")
-    for ax, (title, (value, groups)) in zip(axes, panels.items(), strict=True):
+    run = {row["group"] for row in rows}
+    panels = {title: (value, groups) for title, (value, groups) in panels.items() if run & set(groups)}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained", squeeze=False)
+    for ax, (title, (value, groups)) in zip(axes[0], panels.items(), strict=True):
         for number, (group, label) in enumerate(groups.items()):
             curves = [[point for point in row["curve"] if point[0] >= OFFLINE] for row in rows if row["group"] == group]
             if not curves:
@@ -132,8 +134,7 @@ def draw(rows: list[dict], path: Path) -> None:
         if value == 2:
             ax.set_ylim(-0.02, 1.05)
         ax.grid(alpha=0.3)
-        if ax.lines:
-            ax.legend(loc="lower right", fontsize=8)
+        ax.legend(loc="lower right", fontsize=8)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
 
