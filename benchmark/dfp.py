@@ -34,7 +34,7 @@ PUBLISHED_K = {1: (99.7, 85.8), 2: (100.0, 91.9), 4: (99.7, 95.6), 8: (99.8, 92.
 COMPARED = "cube-single-task1"  # with its rivals and other numbers K; its own is 4
 OF_RIVALS = {rival: f"{COMPARED}, {rival}" for rival in RIVALS}
 OF_K = {k: COMPARED if k == 4 else f"{COMPARED}, K = {k}" for k in PUBLISHED_K}
-OFFLINE = 20_000  # updates
+OFFLINE, ONLINE = 20_000, 20_000  # updates, then environment steps
 STEPS = ["--offline-steps", str(OFFLINE), "--eval-every", "10000", "--report-episodes", "100"]
 GROUPS = {  # name: (task, flags of dfp_finetune.py)
     COMPARED: (COMPARED, []),
@@ -61,8 +61,8 @@ def curve(out: Path) -> list[list[float]]:
         training += [float(row["episode_success"])] if row["episode_success"] else []
         if row["success_rate"]:
             practice = round(float(np.mean(training)), 3) if training else None
-            measured = (round(float(row[name]), digits) for name, digits in (("seconds", 1), ("success_rate", 4)))
-            points.append([int(row["step"]), *measured, practice, round(float(row["mean_return"]), 2)])
+            seconds, success, mean_return = (round(float(row[name]), 4) for name in ("seconds", "success_rate", "mean_return"))
+            points.append([int(row["step"]), seconds, success, practice, mean_return])
             training = []
     return points
 
@@ -113,11 +113,10 @@ def draw(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = {  # title: (number of a point, {group: label})
-        "from data to practice": (2, {group: group for group in GROUPS if group not in (*OF_RIVALS.values(), *OF_K.values())}),
+        "from data to practice": (2, {task: task for task in GROUPS if ", " not in task}),
         f"{COMPARED}: rivals": (4, {COMPARED: "DFP", **{group: rival for rival, group in OF_RIVALS.items()}}),
         f"{COMPARED}: K of 16": (4, {group: f"K = {k}" for k, group in OF_K.items()}),
     }
-    panels["from data to practice"][1][COMPARED] = COMPARED
     run = {row["group"] for row in rows}
     panels = {title: (value, groups) for title, (value, groups) in panels.items() if run & set(groups)}
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained", squeeze=False)
@@ -153,7 +152,7 @@ def main() -> None:
             offline = RUNS / f"dfp-{task}-offline{OFFLINE}-{seed}"
             record.run("dfp_finetune.py", offline, [*common, "--online-steps", "0"])
             shutil.copytree(offline, out, ignore=shutil.ignore_patterns("result.json", "rollout.gif"))
-        line = record.run("dfp_finetune.py", out, [*common, "--online-steps", "20000", *flags])
+        line = record.run("dfp_finetune.py", out, [*common, "--online-steps", str(ONLINE), *flags])
         record.append(RESULTS, {"group": group, "train_seed": seed}, {**line, "curve": curve(out)})
     rows = record.read(RESULTS)
     print(table(rows) + "\n\n" + table_of_k(rows))
