@@ -1,14 +1,15 @@
 """More processes, and more memory: torchrun with 1 and 2 processes in turn; time and memory of a training step over B, G and S.
 
-    python benchmark/scale.py                            four minutes; one thread per process; leave the machine alone meanwhile
+    python benchmark/scale.py                            six minutes; one thread per process; leave the machine alone meanwhile
     python benchmark/scale.py --processes 1 2 4 8        where there are so many cores or GPUs
     python benchmark/scale.py --steps 300 --rounds 1     does it run? two minutes
     python benchmark/scale.py --print                    the tables of what there is
 
-Speed: `torchrun --nproc-per-node N dbp_train.py` with the preset fast; the minibatch is the same, so is the gradient
-(tests/test_cli.py), every process takes its share. Samples per second are those between the rows of metrics.csv, without start
-and evaluations. Memory: what a step allocates, at its peak; weights, average and optimiser are there before. r_T and r_M are the
-paper's Eq. (58): time and memory of a step over those at G = 1, the same B. Writes benchmark/results/scale.json.
+Speed: `torchrun --nproc-per-node N dbp_train.py` with the preset fast, once with the preset's minibatch, of which every process
+takes its share (the gradient is that of one process, tests/test_cli.py), and once with as much for every process as one has
+alone. Samples per second are those between the rows of metrics.csv, without start and evaluations. Memory: what a step allocates,
+at its peak; weights, average and optimiser are there before. r_T and r_M are the paper's Eq. (58): time and memory of a step over
+those at G = 1, the same B. Writes benchmark/results/scale.json.
 """
 
 from __future__ import annotations
@@ -46,18 +47,19 @@ class Config:
     print: bool = False  # print the tables of what there is, measure nothing
 
 
-def samples_per_second(processes: int, cfg: Config) -> float:
+def samples_per_second(processes: int, B: int, cfg: Config) -> float:
+    """Of `dbp_train.py` in so many processes that share minibatches of B."""
     shutil.rmtree(RUN, ignore_errors=True)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "dbp_train.py"]
     flags = {"steps": cfg.steps, "eval-every": cfg.steps, "save-every": cfg.steps, "device": cfg.device, "out": RUN}
-    flags |= {"eval-episodes": 1, "report-episodes": 1, "precision": "float32"}
+    flags |= {"batch-size": B, "eval-episodes": 1, "report-episodes": 1, "precision": "float32"}
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     command = [*launch, *words]
     subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     with open(RUN / "metrics.csv", newline="") as file:
         seconds = {int(row["step"]): float(row["seconds"]) for row in csv.DictReader(file)}
     last = cfg.steps - LOGGED  # the last row holds an evaluation
-    return latency.settings("fast").batch_size * (last - LOGGED) / (seconds[last] - seconds[LOGGED])
+    return B * (last - LOGGED) / (seconds[last] - seconds[LOGGED])
 
 
 def cell(B: int, G: int, horizon: int, device: str) -> dict:
@@ -96,10 +98,11 @@ def cells(device: str) -> list[dict]:
 
 
 def table(result: dict) -> str:
-    one = result["samples_per_second"].get("1")
-    lines = ["| processes, one thread each | samples per second | against one |", "|---|---|---|"]
-    for number, speed in result["samples_per_second"].items():
-        lines.append(f"| {number} | {speed:,.0f} | {f'{speed / one:.2f} times' if one else '-'} |")
+    lines = ["| processes, one thread each | minibatch | samples per second | against one |", "|---|---|---|---|"]
+    base = result["speeds"][0]["samples_per_second"]
+    for row in result["speeds"]:
+        speed = row["samples_per_second"]
+        lines.append(f"| {row['processes']} | {row['B']} | {speed:,.0f} | {speed / base:.2f} times |")
     rows = {(row["B"], row["G"], row["S"]): row for row in result["cells"]}
     S = 2 * HORIZONS[0]
     heads = " | ".join(f"G = {G}" for G in HYPOTHESES)
@@ -122,12 +125,17 @@ def main() -> None:
     if cfg.steps < 3 * LOGGED and not cfg.print:
         sys.exit(f"error: --steps is {cfg.steps}; it must be at least {3 * LOGGED}")
     if not cfg.print:
-        speeds: dict[int, list[float]] = {number: [] for number in cfg.processes}
+        B = latency.settings("fast").batch_size
+        pairs = dict.fromkeys(((1, B), *((n, B * k) for n in cfg.processes for k in (1, n))))  # each once, one process first
+        speeds: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
         for _ in range(cfg.rounds):
-            for number in cfg.processes:
-                speeds[number].append(samples_per_second(number, cfg))
+            for number, share in speeds:
+                speeds[number, share].append(samples_per_second(number, share, cfg))
         result = {**record.stamp(), "torch": torch.__version__, "device": cfg.device}
-        result["samples_per_second"] = {str(number): round(float(np.median(s)), 1) for number, s in speeds.items()}
+        result["speeds"] = [
+            {"processes": n, "B": b, "samples_per_second": round(float(np.median(measured)), 1)}
+            for (n, b), measured in speeds.items()
+        ]
         RESULTS.write_text(json.dumps({**result, "cells": cells(cfg.device)}, indent=1) + "\n")
     elif not RESULTS.is_file():
         sys.exit(f"error: there is no {RESULTS.relative_to(ROOT)} yet; run without --print")

@@ -125,8 +125,9 @@ def test_the_table_of_speed():
 def test_the_table_of_scale():
     cells = [{"B": B, "G": G, "S": 32, "ms": 10.0 * G, "MB": 2.0 * G} for B in (32, 128, 512) for G in (1, 2, 4, 8, 16)]
     cells += [{"B": 128, "G": 4, "S": S, "ms": 50.0, "MB": 9.0} for S in (128, 512)]
-    text = table.scale.table({"samples_per_second": {"1": 1000.0, "2": 1800.0}, "cells": cells})
-    assert "| 2 | 1,800 | 1.80 times |" in text
+    speeds = [{"processes": n, "B": 256, "samples_per_second": speed} for n, speed in ((1, 1000.0), (2, 1800.0))]
+    text = table.scale.table({"speeds": speeds, "cells": cells})
+    assert "| 2 | 256 | 1,800 | 1.80 times |" in text
     assert "| B = 32 | 10.0, 1.00; 2.0, 1.00 | 20.0, 2.00; 4.0, 2.00 |" in text  # r_T and r_M, Eq. (58)
 
 
