@@ -186,6 +186,12 @@ def actor_loss(
     return loss, diagnostics
 
 
+@torch.no_grad()  # with gradients the copy would hold on to every step's graph
+def follow(slow: torch.nn.Module, newest: torch.nn.Module, rate: float) -> None:
+    """The slow copy's weights move by `rate` of the way towards the newest ones."""
+    torch._foreach_lerp_(list(slow.parameters()), list(newest.parameters()), rate)
+
+
 # --- the learner ----------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +248,7 @@ class Learner:
         self.critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.critic_optimizer.step()
-        torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), cfg.target_rate)
+        follow(self.target_critic, self.critic, cfg.target_rate)
 
         # Actor: towards the data's chunk and, online, towards the best of pi_old's proposals. No gradient enters the critics.
         self.critic.requires_grad_(False)
@@ -263,9 +269,9 @@ class Learner:
         self.actor_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.actor_optimizer.step()
-        torch._foreach_lerp_(list(self.acting.backbone.parameters()), self.actor_weights, cfg.acting_rate)
+        follow(self.acting.backbone, self.policy.backbone, cfg.acting_rate)
         if online:
-            torch._foreach_lerp_(list(self.old.parameters()), self.actor_weights, cfg.old_rate)
+            follow(self.old, self.policy.backbone, cfg.old_rate)
         return {**row, **diagnostics}
 
     def state(self) -> dict:
