@@ -106,9 +106,9 @@ class Config:
     point_dim: int = 64  # clouds: features of the cloud
     cloud_origin: str = ""  # clouds: xyz from the first three numbers of this observation, as the hand's; DEPARTS paper: empty
 
-    eval_every: int = 2_750  # steps between evaluations; the best by score is kept
-    eval_episodes: int = 50  # episodes of such an evaluation, starts from seed 50,000 on
-    report_episodes: int = 100  # episodes of the final one, starts from seed 100,000 on
+    eval_every: int = 2_750  # steps between evaluations; the best by score is kept, of several the newest
+    eval_episodes: int = 50  # episodes of such an evaluation, starts from seed 50,000 on; 0: none, the newest policy is kept
+    report_episodes: int = 100  # episodes of the final one, starts from seed 100,000 on; 0: none
     protocol: Literal["ours", "papers"] = "ours"  # papers: sets 10 evaluations of 20 episodes; the 5 best's mean beside ours
     save_every: int = 1_000  # steps between saves of state.pt
 
@@ -144,8 +144,6 @@ def check(cfg: Config) -> None:
         "width",
         "depth",
         "eval_every",
-        "eval_episodes",
-        "report_episodes",
         "save_every",
         "image_dim",
         "point_dim",
@@ -166,7 +164,8 @@ def check(cfg: Config) -> None:
     for name in ("lr", "grad_clip", "ema_power"):
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0", 2)
-    for name in ("warmup", "weight_decay", "obs_noise", "shift", "latent_scale", "cond_depth", "seed"):
+    from_0 = ("warmup", "weight_decay", "obs_noise", "shift", "latent_scale", "cond_depth", "seed")
+    for name in (*from_0, "eval_episodes", "report_episodes"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be a number from 0 on", 2)
 
@@ -178,6 +177,8 @@ def defaults(given: Config) -> Config:
     settings = {**task.train, **PRESETS[given.preset]}  # a preset is more than a task's idea of `fast`; horizons are the task's
     if task.demo_mirror is None:
         settings.pop("mirror", None)
+    if task.make is None:
+        settings |= {"eval_episodes": 0, "report_episodes": 0}
     return Config(**settings, preset=given.preset)
 
 
@@ -217,7 +218,7 @@ def plot_curves(log: RunLog, task: envs.Task, path: Path) -> None:
     steps, score = log.column("score")
     axes[0].fill_between(steps, log.column("score_low")[1], log.column("score_high")[1], alpha=0.2)
     lines = axes[0].plot(steps, score, "o-", label=f"score ({task.score})")
-    axes[0].set(ylim=(0, max(1.02, *(1.05 * x for x in score))), title="averaged policy in the simulator")
+    axes[0].set(ylim=(0, max([1.02, *(1.05 * x for x in score)])), title="averaged policy in the simulator")
     right = axes[0].twinx()
     lines += right.plot(*log.column("success_rate"), "s--", color="tab:green", label="success rate")
     right.set(ylim=(0, 1.02))
@@ -271,7 +272,8 @@ def main() -> None:
         made = {"record": task.demo_record, "origin": task.demo_origin, "record_expert": task.demo_expert}
         made["scripted"] = task.demo_scripted
         data = demos.load(cfg.demos, cfg.env, task.demo_arrays, task.demo_convert, mirror, **made)
-        task.check(cfg.obs_steps)  # a missing simulator shows now, not after the training
+        if cfg.eval_episodes or cfg.report_episodes:
+            task.check(cfg.obs_steps)  # a missing simulator shows now, not after the training
 
     # ---- model ------------------------------------------------------------------------------------------------------
     with plain_errors(2):
@@ -426,12 +428,13 @@ def main() -> None:
             shown |= {"distance": f"{row['distance']:.3f}", "force": f"{row[forces[0]]:.1e}"}
             bar.set_postfix(shown)
         if first and evaluating:
-            row |= evaluate.select(ema.policy, task, cfg.eval_episodes)
-            if row["score"] > best:
-                best = row["score"]
+            if cfg.eval_episodes:
+                row |= evaluate.select(ema.policy, task, cfg.eval_episodes)
+                shown["score"] = f"{row['score']:.3f} (best {max(best, row['score']):.3f})"
+                bar.set_postfix(shown)
+            if row.get("score", best) >= best:
+                best = row.get("score", best)
                 ema.policy.save(out / "dbp.pt")
-            shown["score"] = f"{row['score']:.3f} (best {best:.3f})"
-            bar.set_postfix(shown)
         if row:
             log.write(step, {"seconds": wall(), **row})
         stop = average_over_ranks(torch.tensor(float(bool(signals)), device=device)) > 0 if world > 1 else bool(signals)
@@ -455,7 +458,10 @@ def main() -> None:
         log.close()
         best5 = sorted(log.column("score")[1])[-5:]
         extra = {"score_top5": round(sum(best5) / len(best5), 4)} if cfg.protocol == "papers" else {}
-        evaluate.finish(Policy.load(out / "dbp.pt", device), task, out, cfg.report_episodes, wall, extra)
+        if cfg.report_episodes:
+            evaluate.finish(Policy.load(out / "dbp.pt", device), task, out, cfg.report_episodes, wall, extra)
+        else:
+            say(f"{out / 'dbp.pt'} is the policy; nothing was reported, as there are no episodes for it. See {out / 'curve.png'}")
     if world > 1:
         torch.distributed.destroy_process_group()
 

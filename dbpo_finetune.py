@@ -381,6 +381,7 @@ def main() -> None:
         )
     N, T = cfg.num_envs // world, cfg.decisions
     with plain_errors():
+        task.check(c.obs_steps)
         env = (task.make_training or task.make)(N, c.obs_steps)
 
     # ---- model ------------------------------------------------------------------------------------------------------
@@ -409,7 +410,6 @@ def main() -> None:
     # ---- resume -----------------------------------------------------------------------------------------------------
     out, iteration, best, seconds = Path(cfg.out), 0, -math.inf, 0.0
     with plain_errors():
-        task.check(c.obs_steps)
         episodes = vector.Episodes(env, TRAIN_SEED + rank, world)
     if state is not None:
         if len(state["ranks"]) != world:

@@ -31,7 +31,7 @@ class Task:
     score: str  # what `score` measures, for people
     obs_shapes: dict[str, tuple[int, ...]]  # shape of one step of each observation key
     action_dim: int
-    make: Callable[[int, int], object]  # (num_envs, obs_steps) -> vectorised environment
+    make: Callable[[int, int], object] | None  # (num_envs, obs_steps) -> vectorised environment; None: nothing is evaluated
     demo_arrays: tuple[str, ...]  # arrays to read from a demonstration file, as far as it has them
     demo_convert: Callable[[Arrays], tuple[Arrays, np.ndarray]]  # those arrays -> (obs, actions), environment units
     demo_mirror: Callable[[Arrays], Arrays] | None = None  # those arrays -> the same episodes in the task's mirror, if it has one
@@ -55,6 +55,8 @@ class Task:
 
     def check(self, obs_steps: int) -> None:
         """Build one environment and look at it: ImportError or ValueError where a simulator is missing or cannot draw."""
+        if self.make is None:
+            raise ValueError(f"{self.name} has no environment (make is None in its row of envs.TASKS): nothing to act in")
         env = self.make(1, obs_steps)
         try:
             env.reset([0])

@@ -23,6 +23,9 @@ import torch
 from conftest import ROOT, TINY_MLP, synthetic_pusht
 from test_evaluate import CONTRACT
 
+import common
+import dbp_train
+import envs
 from common import load_checkpoint, save_checkpoint
 from policy import Policy
 
@@ -399,3 +402,34 @@ def test_the_papers_protocol_reports_the_mean_of_the_five_best_of_ten_evaluation
     line = json.loads((tmp_path / "out" / "result.json").read_text())
     assert line["score_top5"] == pytest.approx(np.mean(scores[-5:]), rel=1e-3)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eval_episodes"] == 20
+
+
+# --- recordings without an environment ----------------------------------------------------------------------------------
+
+
+def test_a_task_without_an_environment_trains_and_keeps_the_newest_policy(tmp_path, monkeypatch, capsys):
+    arm = envs.Task(
+        name="my-arm",
+        score="success",
+        obs_shapes={"robot": (3,)},
+        action_dim=2,
+        make=None,
+        demo_arrays=("robot", "action"),
+        demo_convert=lambda arrays: ({"robot": arrays["robot"]}, arrays["action"]),
+    )
+    monkeypatch.setitem(envs.TASKS, "my-arm", arm)
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    steps = {"robot": rng.normal(size=(60, 3)).astype(np.float32), "action": rng.normal(size=(60, 2)).astype(np.float32)}
+    np.savez("mine.npz", **steps, episode_ends=np.array([30, 60]))
+    small = {name: value for name, value in SETTINGS.items() if "episodes" not in name}
+    command = flags(**small | {"steps": 20, "eval_every": 15}, env="my-arm", demos="mine.npz", out="arm")
+    monkeypatch.setattr(sys, "argv", ["dbp_train.py", *command])
+    dbp_train.main()
+    assert "nothing was reported" in capsys.readouterr().out
+    assert not (tmp_path / "arm" / "result.json").exists() and (tmp_path / "arm" / "curve.png").exists()
+    newest = Policy.from_state(load_checkpoint("arm/state.pt")["policy"])
+    same(newest.state_dict(), Policy.load("arm/dbp.pt").state_dict())
+    monkeypatch.setattr(sys, "argv", ["dbp_train.py", *command, "--report-episodes", "2", "--out", "other"])
+    with pytest.raises(common.UserError, match="my-arm has no environment"):
+        dbp_train.main()
