@@ -20,7 +20,7 @@ Symbols (code name = paper symbol)          shape
     each of them is a separate problem with its own s and V (step-wise mode puts the Tp slices there).
 
 Reading the loss: with one temperature its batch mean is exactly 1, with K temperatures it lies in [0, K^2], whatever the
-policy does (Eq. 36 normalises the force). It says NOTHING about progress. Watch the diagnostics instead.
+policy does, as long as there is a force (Eq. 36 normalises it). It says NOTHING about progress. Watch the diagnostics instead.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ Symbols                                     shape
     chunk       predicted actions           (B, G, Tp, Da)        normalised to [-1, 1]
     G           hypotheses per observation; 1 when acting
 
-Both backbones have the signature (z, cond) -> chunk and work on cond once per observation, not once per hypothesis: with
+All backbones have the signature (z, cond) -> chunk and work on cond once per observation, not once per hypothesis: with
 G = 4 that is three quarters of the condition network saved. DEPARTS the paper feeds a constant "generation index"; a network
 without that input computes the same functions. SILENT Table VIII lists a latent of 256 numbers, Eq. (7) one with the size of
 the chunk; ours has the size of the chunk, as released.

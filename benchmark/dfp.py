@@ -4,11 +4,12 @@
     python benchmark/dfp.py --print                      the tables of what there is, and the picture
 
 The offline success is that of the policy at the end of the offline phase, then come the best evaluation's policy and the last
-one, all over 100 starts that no choice has seen (seeds 100,000 on); the return is minus the steps until success. The cubes have
-200 episodes of play (200,000 steps) of OGBench's own oracle, recorded here, Push-T the embedded demonstrations. The rivals and
-the numbers K are compared on task 1. Groups of one task that differ online alone share their offline phase. Lines go to
-benchmark/results/dfp.jsonl with the evaluations of the training, (step, seconds, success, train success, return); a line that is
-there is not run again, a run that was cut is resumed.
+one, all over 100 starts that no choice has seen (seeds 100,000 on); the return is the environment's: of a cube minus the steps
+until success, of Push-T 1 for success and a tenth of the coverage gained. The cubes have 200 episodes of play (200,000 steps) of
+OGBench's own oracle, recorded here, Push-T the embedded demonstrations. The rivals and the numbers K are compared on task 1.
+Groups of one task that differ online alone share their offline phase. Lines go to benchmark/results/dfp.jsonl with the
+evaluations of the training, (step, seconds, success, train success, return); a line that is there is not run again, a run that
+was cut is resumed.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def curve(out: Path) -> list[list[float]]:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| run | seed | offline | after online steps: best evaluation's | 95 % interval | the last one | "
+        "| run | seed | offline | kept: the best evaluation's, offline ones included | 95 % interval | the last one | "
         "return, offline -> last | wall time |",
         "|---|---|---|---|---|---|---|---|",
     ]

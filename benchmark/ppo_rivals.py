@@ -76,7 +76,10 @@ def stage1(rival: str, task: str, demos: str, seed: int, cfg: Config) -> Path:
 
 def table(rows: list[dict], ours: list[dict]) -> str:
     """rows: ppo_rivals.jsonl; ours: dbpo.jsonl."""
-    lines = ["| task | method | seeds | stage 1 | final, 100 episodes | std | mean of all evaluations |", "|---" * 7 + "|"]
+    lines = [
+        "| task | method | seeds | stage 1, 20 selection starts | final, 100 episodes | std | mean of all evaluations |",
+        "|---" * 7 + "|",
+    ]
     mine = {task: group for group, (task, *_) in dbpo.GROUPS.items() if not group.endswith("no-anchor")}
     for task in dict.fromkeys(row["env"] for row in rows):
         sets = {"DBPO": [row for row in ours if row["group"] == mine.get(task)]}

@@ -1,7 +1,7 @@
 """The Push-T table of README: every row is one `dbp_train.py` command, run here, its result line kept.
 
-    python benchmark/pusht.py --human PATH/pusht_cchi_v7_replay.zarr        75 minutes on two cores; resumable
-    python benchmark/pusht.py --human PATH --only embedded-fast             one group
+    python benchmark/pusht.py --human PATH/pusht_cchi_v7_replay.zarr        six hours on two cores, most for pictures; resumable
+    python benchmark/pusht.py --human PATH --only human-pictures            one group, 95 minutes for each of its seeds
 
 Seeds {0, 1, 2}; the final score is over 100 starts that no choice has seen (seeds 100,000 on). Lines go to
 benchmark/results/pusht.jsonl; a line that is there is not run again. `--print` prints the table and runs nothing.

@@ -54,10 +54,20 @@ class Table:
     group: tuple[str, ...]  # keys that name a row's number; seeds of the same names are averaged
     text: Callable[[], str]  # the table in Markdown
     keep: Callable[[dict], bool] = lambda row: True  # rows of the file that are this table's
+    only: Callable[[dict], str] = lambda row: ""  # flags that make the command run this row alone; its seeds are `--seeds`
 
 
-def of_rows(script, command: str, *group: str) -> Table:
-    return Table(script.RESULTS.name, command, group, lambda: script.table(record.read(script.RESULTS)))
+def of_rows(script, command: str, *group: str, only: Callable[[dict], str] = lambda row: "") -> Table:
+    return Table(script.RESULTS.name, command, group, lambda: script.table(record.read(script.RESULTS)), only=only)
+
+
+def only_group(row: dict) -> str:
+    return f' --only "{row["group"]}"' if " " in row["group"] else f" --only {row['group']}"
+
+
+def only_points(row: dict) -> str:
+    suite, name = row["task"].split("-", 1)
+    return f" --tasks {name}" if suite == "metaworld" else " --tasks adroit --adroit PATH"
 
 
 def of_json(script, command: str, table: Callable[[dict], str]) -> Table:
@@ -66,7 +76,7 @@ def of_json(script, command: str, table: Callable[[dict], str]) -> Table:
 
 COST, GROWTH = "benchmark/drift_cost.py", drift_cost.growth_table
 TABLES: dict[str, Table] = {
-    "pusht": of_rows(pusht, "benchmark/pusht.py --human PATH", "group"),
+    "pusht": of_rows(pusht, "benchmark/pusht.py --human PATH", "group", only=only_group),
     "baselines": of_rows(
         baselines, "benchmark/baselines.py --demos PATH --seconds 240 --clock cpu", "method", "seconds", "lr", "backbone"
     ),
@@ -76,19 +86,26 @@ TABLES: dict[str, Table] = {
     "drift-share": of_json(drift_cost, COST, drift_cost.share_table),
     "drift-growth-G": of_json(drift_cost, COST, lambda result: GROWTH(result, "G", 64, 32)),
     "drift-growth-S": of_json(drift_cost, COST, lambda result: GROWTH(result, "S", 16, 16)),
-    "dbpo": of_rows(dbpo, "benchmark/dbpo.py --hopper PATH --human PATH", "group"),
+    "dbpo": of_rows(dbpo, "benchmark/dbpo.py --hopper PATH --human PATH", "group", only=only_group),
     "ppo-rivals": Table(
         ppo_rivals.RESULTS.name,
         "benchmark/ppo_rivals.py --hopper PATH",
         ("rival", "env"),
         lambda: ppo_rivals.table(record.read(ppo_rivals.RESULTS), record.read(dbpo.RESULTS)),
     ),
-    "dfp": of_rows(dfp, "benchmark/dfp.py", "group"),
-    "dfp-k": Table(dfp.RESULTS.name, "benchmark/dfp.py", ("group",), lambda: dfp.table_of_k(record.read(dfp.RESULTS))),
+    "dfp": of_rows(dfp, "benchmark/dfp.py", "group", only=only_group),
+    "dfp-k": Table(
+        dfp.RESULTS.name,
+        "benchmark/dfp.py",
+        ("group",),
+        lambda: dfp.table_of_k(record.read(dfp.RESULTS)),
+        lambda row: row["group"] in dfp.OF_K.values(),
+        only_group,
+    ),
     "dfp-speed": of_json(dfp_speed, "benchmark/dfp_speed.py", dfp_speed.table),
     "env-speed": of_json(env_speed, "benchmark/env_speed.py", env_speed.table),
-    "pointcloud": of_rows(pointcloud, "benchmark/pointcloud.py", "task"),
-    "robomimic": of_rows(robomimic, "benchmark/robomimic.py", "task"),
+    "pointcloud": of_rows(pointcloud, "benchmark/pointcloud.py", "task", only=only_points),
+    "robomimic": of_rows(robomimic, "benchmark/robomimic.py", "task", only=lambda row: f" --tasks {row['task']}"),
     "blockpush": of_rows(blockpush, "benchmark/blockpush.py", "who"),
     "robot-times": Table(
         robot.RESULTS.name,
@@ -129,8 +146,9 @@ def provenance() -> str:
     lines = ["| table | number | command | commit | hardware | seeds | date | raw results |", "|---" * 8 + "|"]
     for name, table in TABLES.items():
         path = RESULTS / table.file
-        rows = [row for row in record.read(path) if table.keep(row)] if path.suffix == ".jsonl" else []
-        if not path.is_file():
+        lists = path.suffix == ".jsonl"
+        rows = [row for row in record.read(path) if table.keep(row)] if lists else []
+        if not path.is_file() or (lists and not rows):
             lines.append(f"| {name} | not run yet | `python {table.command}` | | | | | |")
         elif not rows:
             found = json.loads(path.read_text())
@@ -150,7 +168,8 @@ def provenance_line(name: str, number: str, table: Table, rows: list[dict]) -> s
 
     commit = all_of("commit") or "not recorded"
     seeds, date, machine = all_of("train_seed", "seed") or "-", all_of("date"), all_of("machine") or "not recorded"
-    return f"| {name} | {number} | `python {table.command}` | {commit} | {machine} | {seeds} | {date} | `results/{table.file}` |"
+    command = table.command + table.only(rows[0])
+    return f"| {name} | {number} | `python {command}` | {commit} | {machine} | {seeds} | {date} | `results/{table.file}` |"
 
 
 def rewritten(document: str) -> str:
