@@ -78,7 +78,10 @@ COST, GROWTH = "benchmark/drift_cost.py", drift_cost.growth_table
 TABLES: dict[str, Table] = {
     "pusht": of_rows(pusht, "benchmark/pusht.py --human PATH", "group", only=only_group),
     "baselines": of_rows(
-        baselines, "benchmark/baselines.py --demos PATH --seconds 240 --clock cpu", "method", "seconds", "lr", "backbone"
+        baselines,
+        "benchmark/baselines.py --demos PATH --clock cpu",
+        *("method", "seconds", "lr", "backbone"),
+        only=lambda row: f" --only {row['objective']} --seconds {row['seconds']:.0f}",
     ),
     "studies": of_rows(studies, "benchmark/studies.py --human PATH", "setting"),
     "latency": of_json(latency, "benchmark/latency.py --networks fast --released PATH", latency.table),
