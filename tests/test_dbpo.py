@@ -300,7 +300,7 @@ def test_mu_is_the_policys_own_chunk_and_deployment_executes_it(sizes):
 class Clock:
     """Its state is (a number of the episode, chunks so far / 10). Episodes of even seeds terminate, others are truncated."""
 
-    made = ()  # all clocks of a test; the first is the training's
+    made = ()  # all clocks of a test; the first looks whether it can be built, the second is the training's
     fail_at = math.inf  # chunk at which the training's simulation fails
     bad_reward_at = math.inf  # chunk of which the training's reward is not a number
 
@@ -409,7 +409,7 @@ def test_the_likelihood_is_of_what_was_executed(finetune, monkeypatch):
     executed, mu, sigma = (
         torch.cat(x).detach() for x in zip(*(args[:3] for _, args, _ in seen[:4]), strict=True)
     )  # of all 24 rows
-    paid = np.concatenate([reward for _, reward, *_ in Clock.made[0].seen])
+    paid = np.concatenate([reward for _, reward, *_ in Clock.made[1].seen])
     np.testing.assert_array_equal(np.sort(executed[:, 0, 0].numpy()), np.sort(paid.astype(np.float32)))
     noise = ((executed - mu) / sigma).abs()
     assert noise.max().item() == pytest.approx(0.5, abs=1e-4) and noise.min() < 0.4
@@ -420,7 +420,7 @@ def test_every_chunk_is_judged_by_the_observation_that_it_led_to(finetune, monke
     critics, scales, seen, original = spy(monkeypatch, "Critic", []), spy(monkeypatch, "RewardScale", []), [], gae
 
     def watched(reward, value, next_value, terminated, truncated, gamma, lam):
-        led_to, raw, died, late = (torch.from_numpy(np.stack(x)) for x in zip(*Clock.made[0].seen[-T:], strict=True))
+        led_to, raw, died, late = (torch.from_numpy(np.stack(x)) for x in zip(*Clock.made[1].seen[-T:], strict=True))
         assert torch.equal(terminated, died) and torch.equal(truncated, late)
         with torch.no_grad():
             judged = critics[0][-1](led_to.flatten(2))  # no normaliser was fitted: the condition is the observation itself
@@ -502,7 +502,7 @@ def test_what_is_learnt_earns_more(finetune):
     """The clock pays for the first executed number of every chunk. Mean reward of an iteration, first against last."""
     words = f"--decisions 50 --minibatch 50 --actor-lr 2e-3 --anchor 0 --env-steps {12 * N * 50 * TA} --target-kl 0.1"
     finetune(*words.split())
-    reward = np.array([reward for _, reward, *_ in Clock.made[0].seen]).reshape(12, -1).mean(1)
+    reward = np.array([reward for _, reward, *_ in Clock.made[1].seen]).reshape(12, -1).mean(1)
     assert reward[-1] > reward[0] + 0.2
 
 
