@@ -129,8 +129,8 @@ def main() -> None:
         pairs = dict.fromkeys(((1, B), *((n, B * k) for n in cfg.processes for k in (1, n))))  # each once, one process first
         speeds: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
         for _ in range(cfg.rounds):
-            for number, share in speeds:
-                speeds[number, share].append(samples_per_second(number, share, cfg))
+            for (number, size), measured in speeds.items():
+                measured.append(samples_per_second(number, size, cfg))
         result = {**record.stamp(), "torch": torch.__version__, "device": cfg.device}
         result["speeds"] = [
             {"processes": n, "B": b, "samples_per_second": round(float(np.median(measured)), 1)}

@@ -57,8 +57,8 @@ class Table:
     only: Callable[[dict], str] = lambda row: ""  # flags that make the command run this row alone; its seeds are `--seeds`
 
 
-def of_rows(script, command: str, *group: str, only: Callable[[dict], str] = lambda row: "") -> Table:
-    return Table(script.RESULTS.name, command, group, lambda: script.table(record.read(script.RESULTS)), only=only)
+def of_rows(script, command: str, *group: str, **more) -> Table:
+    return Table(script.RESULTS.name, command, group, lambda: script.table(record.read(script.RESULTS)), **more)
 
 
 def only_group(row: dict) -> str:
