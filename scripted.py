@@ -213,7 +213,7 @@ def bring(script: Script, events: set[str]) -> Iterator[Move]:
     for _ in range(TRIES):
         _, R = env.body("payload_root")
         yaw = nearest(np.arctan2(R[1, 2], R[0, 2]), np.pi / 2, np.pi)
-        yield from script.go(lambda: grip(0.15), turned(yaw), OPEN, 0.02)  # noqa: B023
+        yield from script.go(lambda: grip(0.15), turned(yaw), OPEN, 0.02)
         yield from script.go(lambda: grip(0.0), turned(yaw), OPEN, 0.005)
         yield from script.hold(CLOSED, 8)
         lain = grip(0.0)[2]
