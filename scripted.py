@@ -166,9 +166,9 @@ def transport(env: Robosuite, rng: np.random.Generator) -> Iterator[list[Move]]:
 
 
 def stroll(script: Script) -> Iterator[Move]:
-    """Up to three places on the way: each arm comes early and late beside the other one, and none is ever seen to stand and wait.
+    """Up to three places on the way: so each arm comes early and late beside the other one, and none is seen to stand and wait.
 
-    Arms that waited instead taught a policy to stand, for hundreds of steps.
+    Arms that began late and stood until then taught a policy to stand, for hundreds of steps.
     """
     start, hand = script.env.hand(script.arm)
     for _ in range(script.rng.integers(0, 4)):
@@ -197,7 +197,7 @@ def bring(script: Script, events: set[str]) -> Iterator[Move]:
     hand = turned(np.pi / 2)
     yield from stroll(script)
     for _ in range(TRIES):
-        yield from script.go(lambda: lid(0.1), hand, OPEN, 0.03)
+        yield from script.go(lambda: lid(0.13), hand, OPEN, 0.03)
         yield from script.go(lambda: lid(0.005), hand, OPEN, 0.01)
         yield from script.hold(CLOSED, 8)
         lain = lid(0.0)[2]
@@ -208,13 +208,14 @@ def bring(script: Script, events: set[str]) -> Iterator[Move]:
     yield from script.go(aside + above(1.05), hand, CLOSED, 0.04)
     yield from script.go(aside + above(0.85), hand, CLOSED, 0.02, limit=30)
     yield from script.hold(OPEN, 4)
-    yield from script.go(aside + above(1.0), hand, OPEN, 0.04)
+    yield from script.go(aside + above(1.1), hand, OPEN, 0.04)
+    yield from stroll(script)
     grip = lambda up: on_handle(env, 0.0527) + above(up)  # the centre of mass: elsewhere the hammer turns in the hand  # noqa: E731
     for _ in range(TRIES):
         _, R = env.body("payload_root")
         yaw = nearest(np.arctan2(R[1, 2], R[0, 2]), np.pi / 2, np.pi)
-        yield from script.go(lambda: grip(0.15), turned(yaw), OPEN, 0.02)
-        yield from script.go(lambda: grip(0.0), turned(yaw), OPEN, 0.005)
+        yield from script.go(lambda: grip(0.25), turned(yaw), OPEN, 0.03)
+        yield from script.go(lambda: grip(0.0), turned(yaw), OPEN, 0.01)
         yield from script.hold(CLOSED, 8)
         lain = grip(0.0)[2]
         yield from script.go(grip(0.3), turned(yaw), CLOSED, 0.04)
@@ -243,8 +244,8 @@ def take(script: Script, events: set[str]) -> Iterator[Move]:
     hand = turned(nearest(yaw_of(R), -np.pi / 2, np.pi / 2) + rng.choice([0, 1]) * np.pi / 2)
     yield from stroll(script)
     for _ in range(TRIES):
-        yield from script.go(lambda: trash(0.15), hand, OPEN, 0.03)
-        yield from script.go(lambda: trash(0.0), hand, OPEN, 0.008)
+        yield from script.go(lambda: trash(0.22), hand, OPEN, 0.03)
+        yield from script.go(lambda: trash(0.0), hand, OPEN, 0.01)
         yield from script.hold(CLOSED, 8)
         yield from script.go(trash(0.28), hand, CLOSED, 0.04)
         if trash(0.0)[2] > 0.95:
@@ -252,6 +253,7 @@ def take(script: Script, events: set[str]) -> Iterator[Move]:
     bin_at = env.body("transport_trash_bin_root")[0] + about(rng, 0.02) + above(0.2)
     yield from script.go(bin_at, hand, CLOSED, 0.03)
     yield from script.hold(OPEN, 4)
+    yield from stroll(script)
     hand = turned(-np.pi / 2)
     yield from script.go(np.array([0, 0.15, 1.25]) + about(rng, 0.02), hand, OPEN, 0.04)
     yield from wait(script, "offered", events, OPEN)
@@ -291,7 +293,8 @@ def episode(env: Robosuite, seed: int, shake: float | None = None) -> tuple[list
 
     A hand is pushed off its way by up to `shake` metres per step (none: SHAKE), less where it moves slowly; the action that is
     kept is what the expert meant (DART, Laskey et al. 2017). So the demonstrations show how to come back, which a policy needs
-    after slips of its own. Transport's hammer, once lifted, would turn in a pushed hand: from then on a quarter.
+    after slips of its own. Transport's hands are turned, too (std 2 rad per metre of that level); its hammer, once lifted, would
+    turn in them: from then on all is a quarter.
     """
     env.reset(seed=seed)
     rng = np.random.default_rng(seed)
@@ -300,10 +303,11 @@ def episode(env: Robosuite, seed: int, shake: float | None = None) -> tuple[list
     for moves in EXPERTS[env.task](env, rng):
         if env.task == "transport" and not lifted and env.body("payload_root")[0][2] > 0.9:
             lifted, level = True, level / 4
-        pushed = [
-            (move + level * (0.2 + 0.8 * min(1.0, np.linalg.norm(move) / STEP)) * rng.normal(size=3), turn, grip)
-            for move, turn, grip in moves
-        ]
+        pushed = []
+        for move, turn, grip in moves:
+            push = level * (0.2 + 0.8 * min(1.0, np.linalg.norm(move) / STEP)) * rng.normal(size=3)
+            twist = 2 * level * rng.normal(size=3) if env.task == "transport" else STILL
+            pushed.append((move + push, turn + twist, grip))
         rows.append({**env.as_in_file, "actions": env.command(moves)})
         _, _, success, late, _ = env.step(env.command(pushed))
         if success or late:
