@@ -210,12 +210,13 @@ def bring(script: Script, events: set[str]) -> Iterator[Move]:
     yield from script.hold(OPEN, 4)
     yield from script.go(aside + above(1.1), hand, OPEN, 0.04)
     yield from stroll(script)
-    grip = lambda up: on_handle(env, 0.0527) + above(up)  # the centre of mass: elsewhere the hammer turns in the hand  # noqa: E731
+    grip = lambda up: on_handle(env, 0.085) + above(up)  # held nearer to the middle, where 1 to 2 cm of it are lost, the hammer tilts  # noqa: E731
     for _ in range(TRIES):
         _, R = env.body("payload_root")
         yaw = nearest(np.arctan2(R[1, 2], R[0, 2]), np.pi / 2, np.pi)
         yield from script.go(lambda: grip(0.25), turned(yaw), OPEN, 0.03)
-        yield from script.go(lambda: grip(0.0), turned(yaw), OPEN, 0.01)
+        yield from script.go(lambda: grip(0.1), turned(yaw), OPEN, 0.01)
+        yield from script.go(lambda: grip(0.0), turned(yaw), OPEN, 0.005)
         yield from script.hold(CLOSED, 8)
         lain = grip(0.0)[2]
         yield from script.go(grip(0.3), turned(yaw), CLOSED, 0.04)
