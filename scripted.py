@@ -210,7 +210,8 @@ def bring(script: Script, events: set[str]) -> Iterator[Move]:
     yield from script.hold(OPEN, 4)
     yield from script.go(aside + above(1.1), hand, OPEN, 0.04)
     yield from stroll(script)
-    grip = lambda up: on_handle(env, 0.085) + above(up)  # held nearer to the middle, where 1 to 2 cm of it are lost, the hammer tilts  # noqa: E731
+    # Towards the head: of it 1 to 2 cm are lost as the fingers close, and held nearer to its middle the hammer tilts.
+    grip = lambda up: on_handle(env, 0.085) + above(up)  # noqa: E731
     for _ in range(TRIES):
         _, R = env.body("payload_root")
         yaw = nearest(np.arctan2(R[1, 2], R[0, 2]), np.pi / 2, np.pi)
