@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import warnings
@@ -202,9 +203,10 @@ class Robosuite(gymnasium.Env):
         model, data = sim.model._model, sim.data._data
         for i in range(int(env.control_timestep / env.model_timestep)):
             mujoco.mj_step1(model, data)
-            for arm, mine in zip(self.arms, np.split(action, len(self.arms)), strict=True):
-                if i == 0:
+            if i == 0:
+                for arm, mine in zip(self.arms, np.split(action, len(self.arms)), strict=True):
                     arm.aim(mine, data)
+            for arm in self.arms:
                 arm.drive(model, data)
             mujoco.mj_step2(model, data)
         env.update_state()
@@ -261,6 +263,24 @@ class Robosuite(gymnasium.Env):
         self.sim_env.close()
 
 
+@functools.cache
+def compiled_torques():
+    """robosuite's operational space control of one arm as one compiled function, which calls robosuite's own for its formulas."""
+    from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error
+    from robosuite.utils.numba import jit_decorator
+
+    @jit_decorator
+    def torques(J, M, bias, qpos, qvel, at, R, goal_at, goal_R, kp, kd, rest):
+        velocity = np.dot(J, qvel)
+        force = (goal_at - at) * kp[:3] - velocity[:3] * kd[:3]
+        torque = orientation_error(goal_R, R) * kp[3:] - velocity[3:] * kd[3:]
+        _, lambda_pos, lambda_ori, nullspace = opspace_matrices(M, J, J[:3], J[3:])
+        wrench = np.concatenate((np.dot(lambda_pos, force), np.dot(lambda_ori, torque)))
+        return np.dot(J.T, wrench) + bias + nullspace_torques(M, nullspace, rest, qpos, qvel)
+
+    return torques
+
+
 class PandaArm:
     """robosuite's operational space controller of one arm, with its own formulas and goals; tests/test_robomimic.py compares.
 
@@ -270,11 +290,12 @@ class PandaArm:
     def __init__(self, robot):
         self.controllers, self.ids = robot.composite_controller, robot._ref_actuators_indexes_dict
         self.arm, self.gripper = robot.part_controllers["right"], robot.part_controllers["right_gripper"]
-        self.site = robot.eef_site_id["right"]
+        self.site, self.torques = robot.eef_site_id["right"], compiled_torques()
         nv = robot.sim.model.nv
         self.J, self.M = np.zeros((6, nv)), np.zeros((nv, nv))
-        self.dofs = np.asarray(self.arm.qvel_index)
-        self.range = robot.sim.model.actuator_ctrlrange[self.ids["right"]].T
+        self.dofs, self.joints = (slice(ids[0], ids[-1] + 1) for ids in (self.arm.qvel_index, self.arm.qpos_index))  # 7 each
+        self.motors = slice(self.ids["right"][0], self.ids["right"][-1] + 1)
+        self.low, self.high = robot.sim.model.actuator_ctrlrange[self.ids["right"]].T
 
     def aim(self, action: np.ndarray, data) -> None:
         """A new goal for arm and gripper, action (7,) in robosuite's form."""
@@ -282,24 +303,21 @@ class PandaArm:
         self.controllers.update_state()
         self.controllers.set_goal(action)
         data.ctrl[self.ids["right_gripper"]] = self.gripper.run_controller()
+        arm = self.arm
+        self.goal = [np.asarray(x, np.float64) for x in (arm.goal_pos, arm.goal_ori, arm.kp, arm.kd, arm.initial_joint)]
 
     def drive(self, model, data) -> None:
         """The torques of this moment."""
         import mujoco
-        from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error
 
-        arm, dofs = self.arm, self.dofs
+        dofs = self.dofs
         mujoco.mj_jacSite(model, data, self.J[:3], self.J[3:], self.site)
         mujoco.mj_fullM(model, self.M, data.qM)
-        J, M = np.ascontiguousarray(self.J[:, dofs]), self.M[dofs[:, None], dofs]
-        velocity = J @ data.qvel[dofs]
-        R = data.site_xmat[self.site].reshape(3, 3)
-        force = (arm.goal_pos - data.site_xpos[self.site]) * arm.kp[:3] - velocity[:3] * arm.kd[:3]
-        torque = orientation_error(arm.goal_ori, R) * arm.kp[3:] - velocity[3:] * arm.kd[3:]
-        _, lambda_pos, lambda_ori, nullspace = opspace_matrices(M, J, J[:3], J[3:])
-        ctrl = J.T @ np.concatenate([lambda_pos @ force, lambda_ori @ torque]) + data.qfrc_bias[dofs]
-        ctrl += nullspace_torques(M, nullspace, arm.initial_joint, data.qpos[arm.qpos_index], data.qvel[dofs])
-        data.ctrl[self.ids["right"]] = ctrl.clip(*self.range)
+        J, M = np.ascontiguousarray(self.J[:, dofs]), np.ascontiguousarray(self.M[dofs, dofs])
+        moment = data.qfrc_bias[dofs], data.qpos[self.joints], data.qvel[dofs]
+        pose = data.site_xpos[self.site], data.site_xmat[self.site].reshape(3, 3)
+        ctrl = self.torques(J, M, *moment, *pose, *self.goal)
+        data.ctrl[self.motors] = np.minimum(np.maximum(ctrl, self.low), self.high)
 
 
 @contextlib.contextmanager
