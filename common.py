@@ -15,6 +15,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ try:
 except ImportError:  # Windows: nothing guards the folder of a run
     fcntl = None
 
+SHARED_MEMORY = Path("/dev/shm")  # files there are memory, where there is such a folder (Linux)
 FORMAT_VERSION = 1  # of the checkpoints; raised when their layout changes
 
 
@@ -296,12 +298,62 @@ def average_over_ranks(x: Tensor) -> Tensor:
     return (total / dist.get_world_size()).to(x.device)
 
 
-def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its mean over ranks, in one message."""
-    if not dist.is_initialized():
-        return
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)  # in place: a copy of all gradients costs as much as a third of the message
-    flat /= dist.get_world_size()
-    for p, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(mean.view_as(p))
+class GradientAverage:
+    """Calling it replaces the gradients of these parameters by their means over ranks; all ranks make and call it alike.
+
+    Processes of one machine without GPUs write their gradients side by side into memory that all of them see, meet, and add up
+    what is there, each for itself and in the same order. Through gloo's sockets the same sum takes several times as long. There
+    are two such boards in turn: who has met the others on the one cannot still be reading the other.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter]):
+        self.parameters, self.boards, self.calls = parameters, None, 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if self.world > 1 else 0
+        if self.world > 1:
+            self.boards = self._shared_boards(sum(p.numel() for p in parameters))
+            self.mean = torch.empty(sum(p.numel() for p in parameters), device=parameters[0].device)
+            self.means = self._as_parameters(self.mean)
+
+    def _as_parameters(self, flat: Tensor) -> list[Tensor]:
+        sizes = [p.numel() for p in self.parameters]
+        return [part.view_as(p) for part, p in zip(flat.split(sizes), self.parameters, strict=True)]
+
+    def _shared_boards(self, size: int) -> Tensor | None:
+        """(2, ranks, size) float32 in memory that all ranks share, or None where they cannot."""
+        if dist.get_backend() != "gloo" or os.environ.get("LOCAL_WORLD_SIZE") != str(self.world) or not SHARED_MEMORY.is_dir():
+            return None
+        name, count = [""], 2 * self.world * size
+        if self.rank == 0:
+            handle, name[0] = tempfile.mkstemp(dir=SHARED_MEMORY, prefix="dbp-")
+            try:
+                os.posix_fallocate(handle, 0, 4 * count)  # reserved now: memory that is lacking later would kill the process
+            except OSError:  # a container may have 64 MB of it
+                os.unlink(name[0])
+                name[0] = ""
+            os.close(handle)
+        dist.broadcast_object_list(name)
+        if not name[0]:
+            return None
+        boards = torch.from_file(name[0], shared=True, size=count).view(2, self.world, size)
+        dist.barrier()
+        if self.rank == 0:
+            os.unlink(name[0])  # it lives as long as somebody maps it, and no longer
+        return boards
+
+    def __call__(self) -> None:
+        if self.world == 1:
+            return
+        gradients = [p.grad for p in self.parameters]
+        if self.boards is None:
+            torch._foreach_copy_(self.means, gradients)
+            dist.all_reduce(self.mean)
+            self.mean /= self.world
+        else:
+            board = self.boards[self.calls % 2]  #                                            (ranks, size)
+            torch._foreach_copy_(self._as_parameters(board[self.rank]), gradients)
+            dist.barrier()
+            torch.mean(board, 0, out=self.mean)
+        self.calls += 1
+        for p, mean in zip(self.parameters, self.means, strict=True):
+            p.grad = mean

@@ -35,9 +35,9 @@ import demos
 import envs
 import evaluate
 from common import (
+    GradientAverage,
     RunLog,
     UserError,
-    average_gradients,
     average_over_ranks,
     catch_signals,
     claim_folder,
@@ -317,6 +317,7 @@ def main() -> None:
     ema = EMA(policy, cfg.ema_power, cfg.ema_max_decay)
     weights = list(policy.parameters())
     optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+    average_gradients = GradientAverage(weights)
     network = torch.compile(policy) if cfg.compile else policy
     loss_of = dbp_loss_stepwise if cfg.stepwise else dbp_loss
     earned = "" if data.returns is None else f", mean return {data.returns.mean():,.0f} (std {data.returns.std():,.0f})"
@@ -405,7 +406,7 @@ def main() -> None:
         # Line 8: the update, with the gradient of the whole minibatch.
         optimizer.zero_grad(set_to_none=True)
         loss.mean().backward()
-        average_gradients(weights)
+        average_gradients()
         norm = torch.nn.utils.clip_grad_norm_(weights, cfg.grad_clip)
         if not torch.isfinite(norm):
             raise UserError(

@@ -47,9 +47,9 @@ import envs
 import evaluate
 import vector
 from common import (
+    GradientAverage,
     RunLog,
     UserError,
-    average_gradients,
     average_over_ranks,
     catch_signals,
     claim_folder,
@@ -394,6 +394,7 @@ def main() -> None:
     actor_weights, critic_weights = list(actor.parameters()), list(critic.parameters())
     actor_optimizer = torch.optim.Adam(actor_weights, lr=cfg.actor_lr, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(critic_weights, lr=cfg.critic_lr, eps=1e-5, fused=True)
+    average_actor, average_critic = GradientAverage(actor_weights), GradientAverage(critic_weights)
     unmix = actor.unmix if cfg.noise_color > 0 else None
     log_prob_of = released_log_prob if cfg.mean_log_prob else prefix_log_prob
     scale = RewardScale(N, cfg.gamma)
@@ -597,10 +598,10 @@ def main() -> None:
                 critic_optimizer.zero_grad(set_to_none=True)
                 actor_optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                average_gradients(critic_weights)
+                average_critic()
                 norms = [torch.nn.utils.clip_grad_norm_(critic_weights, cfg.grad_clip)]
                 if acting:
-                    average_gradients(actor_weights)
+                    average_actor()
                     norms.append(torch.nn.utils.clip_grad_norm_(actor_weights, cfg.grad_clip))
                 if not all(torch.isfinite(norm) for norm in norms):
                     raise UserError(

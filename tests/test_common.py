@@ -245,3 +245,43 @@ def test_one_process_needs_no_process_group(monkeypatch):
     with pytest.raises(UserError, match="--device warp") as caught:
         common.start_process_group("warp")
     assert caught.value.status == 2
+
+
+GRADIENTS = """
+import os, sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, {root!r})
+import common
+def full(handle, offset, size):
+    raise OSError("no space left")
+rank = common.start_process_group("cpu")[0]
+weights = [torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.zeros(5))]
+averages = [common.GradientAverage(weights)]
+os.posix_fallocate = full
+averages.append(common.GradientAverage(weights))
+assert averages[0].boards is not None and averages[1].boards is None
+seen = []
+for average in averages:
+    for call in range(5):
+        for p in weights:
+            p.grad = torch.full_like(p, 10.0 * call + rank) * torch.arange(1.0, p.numel() + 1).view_as(p)
+        average()
+        seen.append([p.grad.clone() for p in weights])
+for call, gradients in enumerate(seen):
+    for gradient in gradients:
+        wanted = (10.0 * (call % 5) + 0.5) * torch.arange(1.0, gradient.numel() + 1).view_as(gradient)
+        assert torch.equal(gradient, wanted), (call, gradient, wanted)
+dist.destroy_process_group()
+print("rank", rank, "agrees")
+"""
+
+
+def test_gradients_are_averaged_through_shared_memory_and_without_it(tmp_path):
+    (tmp_path / "gradients.py").write_text(GRADIENTS.format(root=str(Path(__file__).parent.parent)))
+    before = set(common.SHARED_MEMORY.glob("dbp-*"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "gradients.py"]
+    done = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == sorted(["rank", "0", "agrees", "rank", "1", "agrees"])
+    assert set(common.SHARED_MEMORY.glob("dbp-*")) == before  # nothing is left behind
