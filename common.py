@@ -11,11 +11,14 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import mmap
 import os
+import platform
 import random
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +34,7 @@ except ImportError:  # Windows: nothing guards the folder of a run
     fcntl = None
 
 SHARED_MEMORY = Path("/dev/shm")  # files there are memory, where there is such a folder (Linux)
+SMALL = 64  # numbers that go through a board of their own, see Board
 FORMAT_VERSION = 1  # of the checkpoints; raised when their layout changes
 
 
@@ -266,6 +270,7 @@ class RunLog:
 
 def start_process_group(device: str) -> tuple[int, int, torch.device]:
     """(rank, number of ranks, device) under torchrun, (0, 1, device) without it."""
+    global neighbours
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     device = usable_device(device, local_rank)
@@ -273,6 +278,7 @@ def start_process_group(device: str) -> tuple[int, int, torch.device]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        neighbours = Board.make(SMALL, torch.float64)
     return rank, world, device
 
 
@@ -289,45 +295,35 @@ def usable_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def average_over_ranks(x: Tensor) -> Tensor:
-    """Mean of a tensor over all ranks; the tensor itself in one process."""
-    if not dist.is_initialized():
-        return x
-    total = x.cuda() if dist.get_backend() == "nccl" else x.clone()  # nccl sums on GPUs only
-    dist.all_reduce(total)
-    return (total / dist.get_world_size()).to(x.device)
+class Board:
+    """Means over the processes of one machine, through memory that all of them see: a tenth of what gloo's sockets take.
 
-
-class GradientAverage:
-    """Calling it replaces the gradients of these parameters by their means over ranks; all ranks make and call it alike.
-
-    Processes of one machine without GPUs write their gradients side by side into memory that all of them see, meet, and add up
-    what is there, each for itself and in the same order. Through gloo's sockets the same sum takes several times as long. There
-    are two such boards in turn: who has met the others on the one cannot still be reading the other.
+    Everybody writes a line of the board, waits until all have, and adds up the lines, each for itself and in the same order, so
+    that all have the same bits. There are two boards in turn: who has met the others on one cannot still be reading the other.
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter]):
-        self.parameters, self.boards, self.calls = parameters, None, 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if self.world > 1 else 0
-        if self.world > 1:
-            self.boards = self._shared_boards(sum(p.numel() for p in parameters))
-            self.mean = torch.empty(sum(p.numel() for p in parameters), device=parameters[0].device)
-            self.means = self._as_parameters(self.mean)
+    ROOM = 64  # bytes of each rank's counter: one cache line, so that nobody slows the others by counting
 
-    def _as_parameters(self, flat: Tensor) -> list[Tensor]:
-        sizes = [p.numel() for p in self.parameters]
-        return [part.view_as(p) for part, p in zip(flat.split(sizes), self.parameters, strict=True)]
+    def __init__(self, memory: mmap.mmap, size: int, dtype: torch.dtype):
+        self.rank, self.world, self.meetings = dist.get_rank(), dist.get_world_size(), 0
+        counters = np.frombuffer(memory, np.int64, self.world * self.ROOM // 8).reshape(self.world, -1)
+        self.counted, self.processes = counters[:, 0], counters[:, 1]
+        self.boards = torch.frombuffer(memory, dtype=dtype, offset=self.world * self.ROOM).view(2, self.world, size)
+        self.processes[self.rank] = os.getpid()
 
-    def _shared_boards(self, size: int) -> Tensor | None:
-        """(2, ranks, size) float32 in memory that all ranks share, or None where they cannot."""
-        if dist.get_backend() != "gloo" or os.environ.get("LOCAL_WORLD_SIZE") != str(self.world) or not SHARED_MEMORY.is_dir():
+    @classmethod
+    def make(cls, size: int, dtype: torch.dtype) -> Board | None:
+        """For `size` numbers; all ranks call it at once. None where they do not share memory, or there is not enough of it."""
+        world = dist.get_world_size()
+        local = dist.get_backend() == "gloo" and os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+        # Elsewhere than on these processors a rank's count may be seen before its line is.
+        if not local or not SHARED_MEMORY.is_dir() or platform.machine() not in ("x86_64", "AMD64"):
             return None
-        name, count = [""], 2 * self.world * size
-        if self.rank == 0:
+        name, length = [""], world * (cls.ROOM + 2 * size * dtype.itemsize)
+        if dist.get_rank() == 0:
             handle, name[0] = tempfile.mkstemp(dir=SHARED_MEMORY, prefix="dbp-")
             try:
-                os.posix_fallocate(handle, 0, 4 * count)  # reserved now: memory that is lacking later would kill the process
+                os.posix_fallocate(handle, 0, length)  # reserved now: memory that is lacking later would kill the process
             except OSError:  # a container may have 64 MB of it
                 os.unlink(name[0])
                 name[0] = ""
@@ -335,25 +331,79 @@ class GradientAverage:
         dist.broadcast_object_list(name)
         if not name[0]:
             return None
-        boards = torch.from_file(name[0], shared=True, size=count).view(2, self.world, size)
+        with open(name[0], "r+b") as file:
+            board = cls(mmap.mmap(file.fileno(), length), size, dtype)
         dist.barrier()
-        if self.rank == 0:
-            os.unlink(name[0])  # it lives as long as somebody maps it, and no longer
-        return boards
+        if board.rank == 0:
+            os.unlink(name[0])  # the memory lives as long as somebody uses it
+        return board
+
+    def line(self) -> Tensor:
+        """(size,), to be written before `mean`."""
+        return self.boards[self.meetings % 2, self.rank]
+
+    def mean(self, out: Tensor) -> Tensor:
+        """The mean of all lines, as far as `out` (at most size,) reaches. RuntimeError where another process has ended."""
+        lines = self.boards[self.meetings % 2, :, : len(out)]
+        self._meet()
+        torch.add(lines[0], lines[1], out=out)
+        for other in lines[2:]:
+            out += other
+        return out.div_(self.world)
+
+    def _meet(self) -> None:
+        self.meetings += 1
+        self.counted[self.rank] = self.meetings
+        began = time.perf_counter()
+        while self.counted.min() < self.meetings:
+            os.sched_yield()
+            if time.perf_counter() - began > 0.01:  # rank 0 evaluates, or somebody is gone
+                time.sleep(0.001)
+                for rank, process in enumerate(self.processes):
+                    try:
+                        os.kill(int(process), 0)
+                    except ProcessLookupError as error:
+                        raise RuntimeError(f"process {process}, rank {rank} of this training, has ended") from error
+
+
+neighbours: Board | None = None  # of this process group, for up to SMALL numbers; see start_process_group
+
+
+def average_over_ranks(x: Tensor) -> Tensor:
+    """Mean of a tensor over all ranks; the tensor itself in one process."""
+    if not dist.is_initialized():
+        return x
+    if neighbours is not None and x.numel() <= SMALL:
+        neighbours.line()[: x.numel()] = x.flatten()
+        return neighbours.mean(torch.empty(x.numel(), dtype=torch.float64)).view_as(x).to(x)
+    total = x.cuda() if dist.get_backend() == "nccl" else x.clone()  # nccl sums on GPUs only
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).to(x.device)
+
+
+class GradientAverage:
+    """Calling it replaces the gradients of these parameters by their means over ranks; all ranks make and call it alike."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]):
+        self.parameters = parameters
+        if dist.is_initialized():
+            size = sum(p.numel() for p in parameters)
+            self.board = Board.make(size, torch.float32)
+            self.flat = torch.empty(size, device=parameters[0].device)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        sizes = [p.numel() for p in self.parameters]
+        return [part.view_as(p) for part, p in zip(flat.split(sizes), self.parameters, strict=True)]
 
     def __call__(self) -> None:
-        if self.world == 1:
+        if not dist.is_initialized():
             return
-        gradients = [p.grad for p in self.parameters]
-        if self.boards is None:
-            torch._foreach_copy_(self.means, gradients)
-            dist.all_reduce(self.mean)
-            self.mean /= self.world
+        line = self.flat if self.board is None else self.board.line()
+        torch._foreach_copy_(self.split(line), [p.grad for p in self.parameters])
+        if self.board is None:
+            dist.all_reduce(self.flat)
+            self.flat /= dist.get_world_size()
         else:
-            board = self.boards[self.calls % 2]  #                                            (ranks, size)
-            torch._foreach_copy_(self._as_parameters(board[self.rank]), gradients)
-            dist.barrier()
-            torch.mean(board, 0, out=self.mean)
-        self.calls += 1
-        for p, mean in zip(self.parameters, self.means, strict=True):
+            self.board.mean(self.flat)
+        for p, mean in zip(self.parameters, self.split(self.flat), strict=True):
             p.grad = mean

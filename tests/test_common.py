@@ -260,7 +260,7 @@ weights = [torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.zeros
 averages = [common.GradientAverage(weights)]
 os.posix_fallocate = full
 averages.append(common.GradientAverage(weights))
-assert averages[0].boards is not None and averages[1].boards is None
+assert averages[0].board is not None and averages[1].board is None
 seen = []
 for average in averages:
     for call in range(5):
