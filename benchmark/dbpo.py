@@ -24,7 +24,13 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "dbpo.jsonl"
 RUNS = ROOT / "runs" / "benchmark"
 FREE = ["--anchor", "0"]
-WEAK = ["--steps", "1000", "--eval-every", "1000"]  # a deliberately weak start, about half of the successes
+
+
+def weak(steps: int) -> list[str]:
+    """A deliberately weak start, with about half of the successes: a training that has hardly begun."""
+    return ["--steps", str(steps), "--eval-every", str(steps), "--warmup", "50"]
+
+
 GROUPS = {  # name: (task, demonstrations, flags of dbp_train.py, of dbpo_finetune.py); HOPPER and HUMAN stand for the paths given
     "hopper": ("hopper-medium-v2", "HOPPER", [], []),
     "hopper-no-anchor": ("hopper-medium-v2", "HOPPER", [], FREE),
@@ -35,10 +41,10 @@ GROUPS = {  # name: (task, demonstrations, flags of dbp_train.py, of dbpo_finetu
     "ant": ("ant-medium-v2", "embedded", [], []),
     "ant-no-anchor": ("ant-medium-v2", "embedded", [], FREE),
     "pusht": ("pusht", "HUMAN", [], []),
-    "lift": ("lift", "scripted:5", WEAK, []),
-    "lift-no-anchor": ("lift", "scripted:5", WEAK, FREE),
-    "can": ("can", "scripted:15", WEAK, []),
-    "can-no-anchor": ("can", "scripted:15", WEAK, FREE),
+    "lift": ("lift", "scripted:20", weak(40), []),
+    "lift-no-anchor": ("lift", "scripted:20", weak(40), FREE),
+    "can": ("can", "scripted:20", weak(150), []),
+    "can-no-anchor": ("can", "scripted:20", weak(150), FREE),
 }
 
 
@@ -113,10 +119,10 @@ def main() -> None:
     done = {(row["group"], row["train_seed"]) for row in record.read(RESULTS)}
     jobs = [(g, s) for g in GROUPS for s in cfg.seeds if (g, s) not in done and cfg.only in ("", g)]
     for group, seed in [] if cfg.print else jobs:
-        task, source, weak, flags = GROUPS[group]
+        task, source, training, flags = GROUPS[group]
         demos = {"HOPPER": cfg.hopper, "HUMAN": cfg.human}.get(source, source)
         stage1 = RUNS / f"{task}-stage1-{seed}"
-        before = record.run("dbp_train.py", stage1, ["--env", task, "--demos", demos, "--seed", str(seed), *weak])
+        before = record.run("dbp_train.py", stage1, ["--env", task, "--demos", demos, "--seed", str(seed), *training])
         out = RUNS / f"dbpo-{group}-{seed}"
         line = record.run("dbpo_finetune.py", out, ["--env", task, "--ckpt", str(stage1 / "dbp.pt"), "--seed", str(seed), *flags])
         extra = {"stage1": before["score"], "stage1_success": before["success_rate"], "curve": curve(out)}
