@@ -8,7 +8,7 @@ which one it takes is drawn per episode, so the demonstrations have modes. Where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -87,6 +87,29 @@ class Script:
         for _ in range(steps):
             yield STILL, STILL, grip
 
+    def grasp(
+        self,
+        at: Callable[[float], np.ndarray],
+        hand: Callable[[], np.ndarray],
+        down: Sequence[tuple[float, float]],
+        up: float,
+        rise: float,
+    ) -> Iterator[Move]:
+        """Over a thing, down to it, close, lift it; the same again, up to TRIES times, where it stayed.
+
+        at: metres above the thing -> position; hand: orientation of each try; down: (metres above, `within`) of each way-point;
+        up: where to lift it to, metres above where it was; rise: what of that it must have gone to count as held.
+        """
+        for _ in range(TRIES):
+            R = hand()
+            for height, within in down:
+                yield from self.go(partial(at, height), R, OPEN, within)
+            yield from self.hold(CLOSED, 8)
+            lain = at(0.0)[2]
+            yield from self.go(at(up), R, CLOSED, 0.04)
+            if at(0.0)[2] > lain + rise:
+                return
+
 
 def lift(env: Robosuite, rng: np.random.Generator) -> Iterator[Move]:
     """Two ways to grasp the cube: across either pair of its sides."""
@@ -105,14 +128,7 @@ def can(env: Robosuite, rng: np.random.Generator) -> Iterator[Move]:
     script = Script(env, rng)
     hand = turned(rng.choice([0, np.pi / 2]) + rng.normal(0, 0.15))
     at = lambda up=0.0: env.body("Can_main")[0] + above(up)  # noqa: E731
-    for _ in range(TRIES):
-        yield from script.go(lambda: at(0.12), hand, OPEN, 0.02)
-        yield from script.go(lambda: at(0.01), hand, OPEN, 0.01)
-        yield from script.hold(CLOSED, 8)
-        lain = at()[2]
-        yield from script.go(at(0.22), hand, CLOSED, 0.04)
-        if at()[2] > lain + 0.1:
-            break
+    yield from script.grasp(at, lambda: hand, [(0.12, 0.02), (0.01, 0.01)], up=0.22, rise=0.1)
     # Nearer than the middle of the bin: there the arm is nearly stretched and stalls, and nothing shows when to let go.
     x, y, _ = env.sim_env.target_bin_placements[env.sim_env.object_id] - [0.03, 0.05, 0]
     start, _ = env.hand()
@@ -196,14 +212,7 @@ def bring(script: Script, events: set[str]) -> Iterator[Move]:
     lid = lambda up: env.body("transport_start_bin_lid_root")[0] + above(up)  # noqa: E731
     hand = turned(np.pi / 2)
     yield from stroll(script)
-    for _ in range(TRIES):
-        yield from script.go(lambda: lid(0.13), hand, OPEN, 0.03)
-        yield from script.go(lambda: lid(0.005), hand, OPEN, 0.01)
-        yield from script.hold(CLOSED, 8)
-        lain = lid(0.0)[2]
-        yield from script.go(lid(0.12), hand, CLOSED, 0.04)
-        if lid(0.0)[2] > lain + 0.06:
-            break
+    yield from script.grasp(lid, lambda: hand, [(0.13, 0.03), (0.005, 0.01)], up=0.12, rise=0.06)
     aside = np.array([-0.2, -0.45, 0]) + about(rng, 0.01)
     yield from script.go(aside + above(1.05), hand, CLOSED, 0.04)
     yield from script.go(aside + above(0.85), hand, CLOSED, 0.02, limit=30)
@@ -212,17 +221,13 @@ def bring(script: Script, events: set[str]) -> Iterator[Move]:
     yield from stroll(script)
     # Towards the head: of it 1 to 2 cm are lost as the fingers close, and held nearer to its middle the hammer tilts.
     grip = lambda up: on_handle(env, 0.085) + above(up)  # noqa: E731
-    for _ in range(TRIES):
-        _, R = env.body("payload_root")
-        yaw = nearest(np.arctan2(R[1, 2], R[0, 2]), np.pi / 2, np.pi)
-        yield from script.go(lambda: grip(0.25), turned(yaw), OPEN, 0.03)
-        yield from script.go(lambda: grip(0.1), turned(yaw), OPEN, 0.01)
-        yield from script.go(lambda: grip(0.0), turned(yaw), OPEN, 0.005)
-        yield from script.hold(CLOSED, 8)
-        lain = grip(0.0)[2]
-        yield from script.go(grip(0.3), turned(yaw), CLOSED, 0.04)
-        if grip(0.0)[2] > lain + 0.15:
-            break
+
+    def across() -> np.ndarray:
+        axis = env.body("payload_root")[1][:, 2]
+        return turned(nearest(np.arctan2(axis[1], axis[0]), np.pi / 2, np.pi))
+
+    _, R = env.body("payload_root")
+    yield from script.grasp(grip, across, [(0.25, 0.03), (0.1, 0.01), (0.0, 0.005)], up=0.3, rise=0.15)
     if R[1, 2] > 0:  # the handle shall point to the other arm; the wrist can turn by half a turn in this sense only
         yield from script.go(np.array([0, -0.35, 1.1]), turned(np.pi), CLOSED, 0.04)
         yaw = 3 * np.pi / 2
@@ -245,13 +250,7 @@ def take(script: Script, events: set[str]) -> Iterator[Move]:
     _, R = env.body("trash_main")
     hand = turned(nearest(yaw_of(R), -np.pi / 2, np.pi / 2) + rng.choice([0, 1]) * np.pi / 2)
     yield from stroll(script)
-    for _ in range(TRIES):
-        yield from script.go(lambda: trash(0.22), hand, OPEN, 0.03)
-        yield from script.go(lambda: trash(0.0), hand, OPEN, 0.01)
-        yield from script.hold(CLOSED, 8)
-        yield from script.go(trash(0.28), hand, CLOSED, 0.04)
-        if trash(0.0)[2] > 0.95:
-            break
+    yield from script.grasp(trash, lambda: hand, [(0.22, 0.03), (0.0, 0.01)], up=0.28, rise=0.12)
     bin_at = env.body("transport_trash_bin_root")[0] + about(rng, 0.02) + above(0.2)
     yield from script.go(bin_at, hand, CLOSED, 0.03)
     yield from script.hold(OPEN, 4)
