@@ -84,7 +84,7 @@ TABLES: dict[str, Table] = {
         only=lambda row: f" --only {row['objective']} --seconds {row['seconds']:.0f}",
     ),
     "studies": of_rows(studies, "benchmark/studies.py --human PATH", "setting"),
-    "latency": of_json(latency, "benchmark/latency.py --networks fast --released PATH", latency.table),
+    "latency": of_json(latency, "benchmark/latency.py --released PATH", latency.table),
     "scale": of_json(scale, "benchmark/scale.py", scale.table),
     "drift-share": of_json(drift_cost, COST, drift_cost.share_table),
     "drift-growth-G": of_json(drift_cost, COST, lambda result: GROWTH(result, "G", 64, 32)),
