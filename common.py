@@ -296,7 +296,7 @@ def usable_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 class Board:
-    """Means over the processes of one machine, through memory that all of them see: a tenth of what gloo's sockets take.
+    """Means over the processes of one machine, through memory that all of them see: a quarter of the time of gloo's sockets.
 
     Everybody writes a line of the board, waits until all have, and adds up the lines, each for itself and in the same order, so
     that all have the same bits. There are two boards in turn: who has met the others on one cannot still be reading the other.
@@ -382,7 +382,10 @@ def average_over_ranks(x: Tensor) -> Tensor:
 
 
 class GradientAverage:
-    """Calling it replaces the gradients of these parameters by their means over ranks; all ranks make and call it alike."""
+    """Calling it replaces the gradients of these parameters by their means over ranks; all ranks make and call it alike.
+
+    The means lie side by side in `flat`, until the next call.
+    """
 
     def __init__(self, parameters: list[torch.nn.Parameter]):
         self.parameters = parameters

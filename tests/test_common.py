@@ -5,6 +5,7 @@ import errno
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -285,3 +286,27 @@ def test_gradients_are_averaged_through_shared_memory_and_without_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split()) == sorted(["rank", "0", "agrees", "rank", "1", "agrees"])
     assert set(common.SHARED_MEMORY.glob("dbp-*")) == before  # nothing is left behind
+
+
+ALONE = """
+import os, sys
+import torch
+sys.path.insert(0, {root!r})
+import common
+rank = common.start_process_group("cpu")[0]
+assert common.average_over_ranks(torch.tensor(1.0 + rank)) == 1.5
+if rank == 1:
+    os._exit(0)
+try:
+    common.average_over_ranks(torch.tensor(1.0))
+except RuntimeError as error:
+    print(error)
+os._exit(0)
+"""
+
+
+def test_who_waits_for_a_process_that_has_ended_is_told(tmp_path):
+    (tmp_path / "alone.py").write_text(ALONE.format(root=str(Path(__file__).parent.parent)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "alone.py"]
+    done = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert re.search(r"process \d+, rank 1 of this training, has ended", done.stdout), done
