@@ -92,13 +92,15 @@ class Script:
         at: Callable[[float], np.ndarray],
         hand: Callable[[], np.ndarray],
         down: Sequence[tuple[float, float]],
-        up: float,
+        up: Sequence[float],
         rise: float,
+        aside: Callable[[], np.ndarray] = lambda: STILL,
     ) -> Iterator[Move]:
         """Over a thing, down to it, close, lift it; the same again, up to TRIES times, where it stayed.
 
         at: metres above the thing -> position; hand: orientation of each try; down: (metres above, `within`) of each way-point;
-        up: where to lift it to, metres above where it was; rise: what of that it must have gone to count as held.
+        up: of each way-point where it is lifted to, metres above where it was; rise: what of that it must have gone to count as
+        held; aside: added to all of `up`.
         """
         for _ in range(TRIES):
             R = hand()
@@ -106,7 +108,10 @@ class Script:
                 yield from self.go(partial(at, height), R, OPEN, within)
             yield from self.hold(CLOSED, 8)
             lain = at(0.0)[2]
-            yield from self.go(at(up), R, CLOSED, 0.04)
+            *low, top = [at(height) + aside() for height in up]
+            for to in low:
+                yield from self.go(to, R, CLOSED, 0.01, limit=15)
+            yield from self.go(top, R, CLOSED, 0.04)
             if at(0.0)[2] > lain + rise:
                 return
 
@@ -128,7 +133,7 @@ def can(env: Robosuite, rng: np.random.Generator) -> Iterator[Move]:
     script = Script(env, rng)
     hand = turned(rng.choice([0, np.pi / 2]) + rng.normal(0, 0.15))
     at = lambda up=0.0: env.body("Can_main")[0] + above(up)  # noqa: E731
-    yield from script.grasp(at, lambda: hand, [(0.12, 0.02), (0.01, 0.01)], up=0.22, rise=0.1)
+    yield from script.grasp(at, lambda: hand, [(0.12, 0.02), (0.01, 0.01)], up=[0.22], rise=0.1)
     # Nearer than the middle of the bin: there the arm is nearly stretched and stalls, and nothing shows when to let go.
     x, y, _ = env.sim_env.target_bin_placements[env.sim_env.object_id] - [0.03, 0.05, 0]
     start, _ = env.hand()
@@ -212,22 +217,24 @@ def bring(script: Script, events: set[str]) -> Iterator[Move]:
     lid = lambda up: env.body("transport_start_bin_lid_root")[0] + above(up)  # noqa: E731
     hand = turned(np.pi / 2)
     yield from stroll(script)
-    yield from script.grasp(lid, lambda: hand, [(0.13, 0.03), (0.005, 0.01)], up=0.12, rise=0.06)
+    yield from script.grasp(lid, lambda: hand, [(0.13, 0.03), (0.005, 0.01)], up=[0.12], rise=0.06)
     aside = np.array([-0.2, -0.45, 0]) + about(rng, 0.01)
     yield from script.go(aside + above(1.05), hand, CLOSED, 0.04)
     yield from script.go(aside + above(0.85), hand, CLOSED, 0.02, limit=30)
     yield from script.hold(OPEN, 4)
     yield from script.go(aside + above(1.1), hand, OPEN, 0.04)
     yield from stroll(script)
-    # Towards the head: of it 1 to 2 cm are lost as the fingers close, and held nearer to its middle the hammer tilts.
-    grip = lambda up: on_handle(env, 0.085) + above(up)  # noqa: E731
+    grip = lambda up: on_handle(env, 0.075) + above(up)  # noqa: E731
+    # Where its head lies at the box's wall, friction would turn the hammer in the hand: it comes to the box's middle first and
+    # goes straight up there, a way-point every 4 cm.
+    middle = lambda: (env.body("transport_start_bin_root")[0] - on_handle(env, 0.016)) * [1, 1, 0]  # noqa: E731
 
     def across() -> np.ndarray:
         axis = env.body("payload_root")[1][:, 2]
         return turned(nearest(np.arctan2(axis[1], axis[0]), np.pi / 2, np.pi))
 
     _, R = env.body("payload_root")
-    yield from script.grasp(grip, across, [(0.25, 0.03), (0.1, 0.01), (0.0, 0.005)], up=0.3, rise=0.15)
+    yield from script.grasp(grip, across, [(0.25, 0.03), (0.1, 0.01), (0.0, 0.005)], np.arange(0.02, 0.23, 0.04), 0.15, middle)
     if R[1, 2] > 0:  # the handle shall point to the other arm; the wrist can turn by half a turn in this sense only
         yield from script.go(np.array([0, -0.35, 1.1]), turned(np.pi), CLOSED, 0.04)
         yaw = 3 * np.pi / 2
@@ -250,7 +257,7 @@ def take(script: Script, events: set[str]) -> Iterator[Move]:
     _, R = env.body("trash_main")
     hand = turned(nearest(yaw_of(R), -np.pi / 2, np.pi / 2) + rng.choice([0, 1]) * np.pi / 2)
     yield from stroll(script)
-    yield from script.grasp(trash, lambda: hand, [(0.22, 0.03), (0.0, 0.01)], up=0.28, rise=0.12)
+    yield from script.grasp(trash, lambda: hand, [(0.22, 0.03), (0.0, 0.01)], up=[0.28], rise=0.12)
     bin_at = env.body("transport_trash_bin_root")[0] + about(rng, 0.02) + above(0.2)
     yield from script.go(bin_at, hand, CLOSED, 0.03)
     yield from script.hold(OPEN, 4)
@@ -259,17 +266,27 @@ def take(script: Script, events: set[str]) -> Iterator[Move]:
     yield from script.go(np.array([0, 0.15, 1.25]) + about(rng, 0.02), hand, OPEN, 0.04)
     yield from wait(script, "offered", events, OPEN)
     end = lambda up: on_handle(env, -0.07) + above(up)  # noqa: E731
-    yield from script.go(lambda: end(0.1), hand, OPEN, 0.015)
-    yield from script.go(lambda: end(0.0), hand, OPEN, 0.01)
-    yield from script.hold(CLOSED, 8)
+    for _ in range(TRIES):
+        yield from script.go(lambda: end(0.1), hand, OPEN, 0.01)
+        yield from script.go(lambda: end(0.0), hand, OPEN, 0.01, speed=0.03)
+        yield from script.hold(CLOSED, 8)
+        if np.abs(env.raw["robot1_gripper_qpos"]).min() > 0.008:  # metres: something is between the fingers
+            break
+        yield from script.hold(OPEN, 4)
     events.add("held")
     yield from wait(script, "brought", events, CLOSED)
     target = env.body("transport_target_bin_root")[0]
     now, _ = env.hand(1)
     yield from script.go(np.array([now[0], 0.3, 1.2]), hand, CLOSED, 0.05)
-    over = target + about(rng, 0.02) - 0.07 * env.body("payload_root")[1][:, 2] * [1, 1, 0]  # its middle over the box's
-    yield from script.go(over + above(0.27), hand, CLOSED, 0.03)
-    yield from script.go(over + above(0.12), hand, CLOSED, 0.03, limit=30)
+    # The middle of the hammer over the middle of the box, wherever the hand holds it.
+    inside = target + about(rng, 0.01)
+
+    def over(up: float) -> np.ndarray:
+        at = env.hand(1)[0] + inside - on_handle(env, 0.016)
+        return np.array([at[0], at[1], target[2] + up])
+
+    yield from script.go(lambda: over(0.27), hand, CLOSED, 0.02)
+    yield from script.go(lambda: over(0.12), hand, CLOSED, 0.02, limit=30)
     yield from script.hold(OPEN, 15)
     events.add("taken")
     while True:
