@@ -22,6 +22,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 
 from pointcloud import crop, depth_to_points, farthest_points, intrinsics
 
@@ -53,14 +54,17 @@ def record_successes(path: Path, run: Callable[[int], tuple[list[Arrays], bool]]
     run: seed -> rows (observations and "actions") and whether it succeeded. ValueError where the expert fails too often.
     """
     rows, ends, seed = [], [], 4_000_000
-    while len(ends) < episodes:
-        if seed == 4_000_000 + 3 * episodes + 10:
-            raise ValueError(f"the expert succeeded in {len(ends)} of {3 * episodes + 10} episodes only; {episodes} are needed")
-        mine, success = run(seed)
-        seed += 1
-        if success:
-            rows += mine
-            ends.append(len(rows))
+    with tqdm(total=episodes, desc="recording", unit="episode") as bar:  # ten minutes for Transport
+        while len(ends) < episodes:
+            if seed == 4_000_000 + 3 * episodes + 10:
+                few = f"the expert succeeded in {len(ends)} of {3 * episodes + 10} episodes only; {episodes} are needed"
+                raise ValueError(few)
+            mine, success = run(seed)
+            seed += 1
+            if success:
+                rows += mine
+                ends.append(len(rows))
+                bar.update()
     arrays = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     save_episodes(path, ends, {**arrays, "attempts": np.array(seed - 4_000_000)})
 
