@@ -92,15 +92,15 @@ class Script:
         at: Callable[[float], np.ndarray],
         hand: Callable[[], np.ndarray],
         down: Sequence[tuple[float, float]],
-        up: Sequence[float],
+        up: float,
         rise: float,
-        aside: Callable[[], np.ndarray] = lambda: STILL,
+        aside: Callable[[], np.ndarray] | None = None,
     ) -> Iterator[Move]:
         """Over a thing, down to it, close, lift it; the same again, up to TRIES times, where it stayed.
 
         at: metres above the thing -> position; hand: orientation of each try; down: (metres above, `within`) of each way-point;
-        up: of each way-point where it is lifted to, metres above where it was; rise: what of that it must have gone to count as
-        held; aside: added to all of `up`.
+        up: metres that it is lifted; rise: what of that it must have gone to count as held; aside: where to it is moved as it
+        leaves the ground, a level displacement, metres.
         """
         for _ in range(TRIES):
             R = hand()
@@ -108,12 +108,23 @@ class Script:
                 yield from self.go(partial(at, height), R, OPEN, within)
             yield from self.hold(CLOSED, 8)
             lain = at(0.0)[2]
-            *low, top = [at(height) + aside() for height in up]
-            for to in low:
-                yield from self.go(to, R, CLOSED, 0.01, limit=15)
-            yield from self.go(top, R, CLOSED, 0.04)
+            top = self.env.hand(self.arm)[0] + above(up)
+            if aside:
+                yield from self.go(partial(self.rising, top + aside()), R, CLOSED, 0.025)
+            else:
+                yield from self.go(top, R, CLOSED, 0.04)
             if at(0.0)[2] > lain + rise:
                 return
+
+    def rising(self, top: np.ndarray) -> np.ndarray:
+        """Where to from here on the way up to top: aside first, and the further that still is, the slower up, 3 mm to 3 cm.
+
+        A function of where the hand is: a policy cannot see which of several way-points is the next.
+        """
+        now, _ = self.env.hand(self.arm)
+        beside = (top - now) * [1, 1, 0]
+        ahead = 0.003 + 0.027 * max(0.0, 1 - np.linalg.norm(beside) / 0.03)
+        return now + 2 * beside + above(min(top[2] - now[2], ahead))
 
 
 def lift(env: Robosuite, rng: np.random.Generator) -> Iterator[Move]:
@@ -133,7 +144,7 @@ def can(env: Robosuite, rng: np.random.Generator) -> Iterator[Move]:
     script = Script(env, rng)
     hand = turned(rng.choice([0, np.pi / 2]) + rng.normal(0, 0.15))
     at = lambda up=0.0: env.body("Can_main")[0] + above(up)  # noqa: E731
-    yield from script.grasp(at, lambda: hand, [(0.12, 0.02), (0.01, 0.01)], up=[0.22], rise=0.1)
+    yield from script.grasp(at, lambda: hand, [(0.12, 0.02), (0.01, 0.01)], up=0.22, rise=0.1)
     # Nearer than the middle of the bin: there the arm is nearly stretched and stalls, and nothing shows when to let go.
     x, y, _ = env.sim_env.target_bin_placements[env.sim_env.object_id] - [0.03, 0.05, 0]
     start, _ = env.hand()
@@ -217,7 +228,7 @@ def bring(script: Script, events: set[str]) -> Iterator[Move]:
     lid = lambda up: env.body("transport_start_bin_lid_root")[0] + above(up)  # noqa: E731
     hand = turned(np.pi / 2)
     yield from stroll(script)
-    yield from script.grasp(lid, lambda: hand, [(0.13, 0.03), (0.005, 0.01)], up=[0.12], rise=0.06)
+    yield from script.grasp(lid, lambda: hand, [(0.13, 0.03), (0.005, 0.01)], up=0.12, rise=0.06)
     aside = np.array([-0.2, -0.45, 0]) + about(rng, 0.01)
     yield from script.go(aside + above(1.05), hand, CLOSED, 0.04)
     yield from script.go(aside + above(0.85), hand, CLOSED, 0.02, limit=30)
@@ -226,7 +237,7 @@ def bring(script: Script, events: set[str]) -> Iterator[Move]:
     yield from stroll(script)
     grip = lambda up: on_handle(env, 0.075) + above(up)  # noqa: E731
     # Where its head lies at the box's wall, friction would turn the hammer in the hand: it comes to the box's middle first and
-    # goes straight up there, a way-point every 4 cm.
+    # goes straight up there.
     middle = lambda: (env.body("transport_start_bin_root")[0] - on_handle(env, 0.016)) * [1, 1, 0]  # noqa: E731
 
     def across() -> np.ndarray:
@@ -234,7 +245,7 @@ def bring(script: Script, events: set[str]) -> Iterator[Move]:
         return turned(nearest(np.arctan2(axis[1], axis[0]), np.pi / 2, np.pi))
 
     _, R = env.body("payload_root")
-    yield from script.grasp(grip, across, [(0.25, 0.03), (0.1, 0.01), (0.0, 0.005)], np.arange(0.02, 0.23, 0.04), 0.15, middle)
+    yield from script.grasp(grip, across, [(0.25, 0.03), (0.1, 0.01), (0.0, 0.005)], 0.22, 0.15, middle)
     if R[1, 2] > 0:  # the handle shall point to the other arm; the wrist can turn by half a turn in this sense only
         yield from script.go(np.array([0, -0.35, 1.1]), turned(np.pi), CLOSED, 0.04)
         yaw = 3 * np.pi / 2
@@ -257,7 +268,7 @@ def take(script: Script, events: set[str]) -> Iterator[Move]:
     _, R = env.body("trash_main")
     hand = turned(nearest(yaw_of(R), -np.pi / 2, np.pi / 2) + rng.choice([0, 1]) * np.pi / 2)
     yield from stroll(script)
-    yield from script.grasp(trash, lambda: hand, [(0.22, 0.03), (0.0, 0.01)], up=[0.28], rise=0.12)
+    yield from script.grasp(trash, lambda: hand, [(0.22, 0.03), (0.0, 0.01)], up=0.28, rise=0.12)
     bin_at = env.body("transport_trash_bin_root")[0] + about(rng, 0.02) + above(0.2)
     yield from script.go(bin_at, hand, CLOSED, 0.03)
     yield from script.hold(OPEN, 4)
