@@ -221,8 +221,8 @@ def robomimic_task(task: str, absolute: bool, view: str) -> Task:
         train={"horizon": 8, "action_steps": 4, "obs_noise": 0.005, "steps": 5_000, "eval_every": 2_500}
         | {"eval_episodes": 30, "report_episodes": 50}
         | ({"steps": 10_000, "eval_every": 5_000} if task in ("transport", "tool-hang") else {})  # long ones
-        # Two arms meet in the air, where 4 steps without a look are many: README, the manipulation suites.
-        | ({"horizon": 4, "action_steps": 2, "obs_noise": 0.02} if task == "transport" else {})
+        # Two arms meet in the air, where steps without a look are lost: README, the manipulation suites.
+        | ({"horizon": 4, "action_steps": 1, "obs_noise": 0.02, "eval_every": 10_000} if task == "transport" else {})
         | ({"obs_steps": 1, "batch_size": 64} if view == "image" else {}),
         # Success alone is rewarded, so an iteration is a few dozen bits of news; and the ratio and the KL of a chunk are of 28
         # numbers and more together, so that limits which suit a body of three joints (0.2 and 0.05) stop nearly every update.
