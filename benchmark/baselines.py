@@ -233,10 +233,9 @@ def draw(rows: list[dict], path: Path) -> None:
         left.plot(curves[..., 0].mean(0), curves[..., 2].mean(0), lw=2, label=label, **style)
         point = np.mean([row["latency_ms_p50"] for row in mine]), np.mean([row["score"] for row in mine])
         right.scatter(*point, color=colors[method], s=40, marker="o" if label else "s")
-        name, beside = (
-            (method, {"xytext": (7, -3)}) if label else (f"{method}, {seconds:,.0f} s", {"xytext": (-7, -3), "ha": "right"})
-        )
-        right.annotate(name, point, textcoords="offset points", fontsize=8, color=colors[method], **beside)
+        longer = "" if label else f", {seconds:,.0f} s"
+        side = {"xytext": (7, -3)} if label else {"xytext": (-7, -3), "ha": "right"}  # of its mark
+        right.annotate(method + longer, point, textcoords="offset points", fontsize=8, color=colors[method], **side)
     left.axhline(0.9, color="0.6", lw=0.8, ls=":")
     left.set(xscale="log", xlabel="seconds of training", ylabel="score, 50 selection starts", ylim=(0, 1.02))
     left.set_title("the same network, data and clock (dashed: a longer budget)", fontsize=10)
