@@ -187,7 +187,8 @@ def metaworld_task(task: str, view: str) -> Task:
         demo_scripted=True,
         shift=manipulation.shift_scene if view == "points" else None,
         # The experts look at the newest state alone, and so do the policies: To = 1. Ten demonstrations cover few places: clouds
-        # are measured from the hand, and the scene stands elsewhere in each minibatch.
+        # are measured from the hand, and the scene stands elsewhere in each minibatch. Slim latents: the experts have one way to
+        # act, and of 100 starts one policy for basketball succeeded in 0.79 and 0.83 with latents of 0.8 and 0.2.
         train={
             "obs_steps": 1,
             "horizon": 4,
@@ -198,8 +199,9 @@ def metaworld_task(task: str, view: str) -> Task:
             "eval_every": 1_500,
             "eval_episodes": 20,
             "report_episodes": 20,
-            **({"point_widths": (32, 64, 128), "cloud_origin": "robot", "shift": 0.1} if view == "points" else {}),
-        },
+        }
+        | ({"point_widths": (32, 64, 128), "cloud_origin": "robot", "shift": 0.1} if view == "points" else {})
+        | ({"latent_scale": 0.2} if view == "points" else {}),
     )
 
 

@@ -35,7 +35,7 @@ EIGHT = ["button-press", "reach-wall", "basketball", "hammer", "assembly", "push
 class Config:
     tasks: tuple[str, ...] = ("eight",)  # names of Meta-World's tasks, or eight, all, adroit
     seeds: tuple[int, ...] = (0,)  # training seeds
-    episodes: int = 20  # of the final evaluation
+    episodes: int = 100  # of the final evaluation; the papers have 20
     adroit: str = ""  # folder of the published experts' npz files
     device: str = "auto"
     print: bool = False  # print the table of what there is, run nothing
