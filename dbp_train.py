@@ -25,6 +25,7 @@ import math
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +66,7 @@ class Config:
     ckpt: str = ""  # start from the weights and normaliser of this checkpoint; empty: from scratch
     resume: bool = False  # go on from state.pt in the run folder, bit for bit
     mirror: bool = False  # add each demonstration's mirror image, where the task has a mirror; DEPARTS paper: none
+    recombine: int = 0  # so many times as many episodes again, from parts of them, where the task says how; DEPARTS paper: none
     seed: int = 0  # of the network, the minibatches and the latents
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the network; auto: the faster, timed at the start
@@ -124,6 +126,7 @@ PRESETS: dict[str, dict] = {
         "warmup": 500,
         "betas": (0.95, 0.999),
         "obs_noise": 0.0,
+        "recombine": 0,
         "latent_scale": 1.0,
         "backbone": "unet",
         "eval_every": 7_560,
@@ -164,7 +167,7 @@ def check(cfg: Config) -> None:
     for name in ("lr", "grad_clip", "ema_power"):
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0", 2)
-    from_0 = ("warmup", "weight_decay", "obs_noise", "shift", "latent_scale", "cond_depth", "seed")
+    from_0 = ("warmup", "weight_decay", "recombine", "obs_noise", "shift", "latent_scale", "cond_depth", "seed")
     for name in (*from_0, "eval_episodes", "report_episodes"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be a number from 0 on", 2)
@@ -265,12 +268,15 @@ def main() -> None:
         task = envs.get_task(cfg.env)
         if cfg.mirror and task.demo_mirror is None:
             raise ValueError(f"{cfg.env} has no mirror symmetry; omit --mirror")
+        if cfg.recombine and task.demo_recombine is None:
+            raise ValueError(f"{cfg.env} has no parts to recombine; omit --recombine")
         if cfg.shift and task.shift is None:
             raise ValueError(f"{cfg.env} cannot be shifted; omit --shift")
     with plain_errors():
         mirror = task.demo_mirror if cfg.mirror else None
         made = {"record": task.demo_record, "origin": task.demo_origin, "record_expert": task.demo_expert}
         made["scripted"] = task.demo_scripted
+        made["recombine"] = partial(task.demo_recombine, times=cfg.recombine) if cfg.recombine else None
         data = demos.load(cfg.demos, cfg.env, task.demo_arrays, task.demo_convert, mirror, **made)
         if cfg.eval_episodes or cfg.report_episodes:
             task.check(cfg.obs_steps)  # a missing simulator shows now, not after the training

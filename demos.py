@@ -444,6 +444,7 @@ def load(
     origin: str = "",
     record_expert: Callable[[Path, Path], None] | None = None,
     scripted: bool = False,
+    recombine: Callable[[Arrays, np.ndarray], tuple[Arrays, np.ndarray]] | None = None,
 ) -> Demos:
     """Load the demonstrations of a task.
 
@@ -452,7 +453,8 @@ def load(
         record: makes the embedded file where it is recorded on first use; origin: who acted there, for the run's first line;
         record_expert: the same with an expert policy, an .npz of weights w0, b0, ... that `source` names;
         convert: arrays -> (obs, actions), raising ValueError where they do not fit the task; mirror: arrays -> the same
-        episodes in a symmetry of the task, which are then added to them.
+        episodes in a symmetry of the task, which are then added to them; recombine: (arrays, episode ends) -> the same with
+        more episodes, put together from these.
     """
     count = ""
     if source.split(":")[0] == "scripted":
@@ -504,6 +506,9 @@ def load(
         obs, actions = convert(arrays)
     except ValueError as error:
         raise ValueError(f"{path} does not fit {task}: {error}") from error
+    if recombine is not None:
+        arrays, ends = recombine(arrays, np.asarray(ends, np.int64))
+        obs, actions = convert(arrays)
     origin = f"{origin}: " if source in ("embedded", "scripted") and origin else ""
     label = f"{source} demonstrations ({origin}{path.name})" if source in ("embedded", "official", "scripted") else str(path)
     obs = {key: value if value.dtype == np.uint8 else np.ascontiguousarray(value, np.float32) for key, value in obs.items()}
@@ -515,6 +520,8 @@ def load(
         if not np.isfinite(rewards).all():
             raise ValueError(f"{label}: rewards has NaN or infinity at step {int(np.argmin(np.isfinite(rewards)))}")
         data = dataclasses.replace(data, returns=np.add.reduceat(rewards, [0, *data.episode_ends[:-1]]))
+    if recombine is not None:
+        data = dataclasses.replace(data, source=f"{label}, parts of them recombined")
     if mirror is None:
         return data
     mirrored, mirrored_actions = convert(mirror(arrays))
@@ -525,7 +532,7 @@ def load(
         },
         np.concatenate([data.actions, mirrored_actions.astype(np.float32)]),
         np.concatenate([data.episode_ends, len(data.actions) + data.episode_ends]),
-        f"{label}, and their mirror images",
+        f"{data.source}, and their mirror images",
         None if data.returns is None else np.tile(data.returns, 2),
     )
 

@@ -35,6 +35,7 @@ class Task:
     demo_arrays: tuple[str, ...]  # arrays to read from a demonstration file, as far as it has them
     demo_convert: Callable[[Arrays], tuple[Arrays, np.ndarray]]  # those arrays -> (obs, actions), environment units
     demo_mirror: Callable[[Arrays], Arrays] | None = None  # those arrays -> the same episodes in the task's mirror, if it has one
+    demo_recombine: Callable[[Arrays, np.ndarray, int], tuple[Arrays, np.ndarray]] | None = None  # ... and ends -> more episodes
     demo_record: Callable[[Path], None] | None = None  # makes the embedded demonstrations on first use, where they are recorded
     demo_origin: str = ""  # ... and who acts there
     demo_scripted: bool = False  # ... it is a scripted expert, and demo_record takes episodes=N
@@ -216,6 +217,7 @@ def robomimic_task(task: str, absolute: bool, view: str) -> Task:
         side_by_side=10,  # each of them builds its scene in two seconds
         demo_arrays=(*robomimic_tasks.file_shapes(task, view), "actions", "env_args"),
         demo_convert=partial(robomimic_tasks.robomimic_demos, task=task, absolute=absolute, view=view),
+        demo_recombine=robomimic_tasks.recombine if (task, view) == ("transport", "state") else None,
         demo_record=partial(scripted.record, task=task, absolute=absolute, view=view) if task in scripted.EXPERTS else None,
         demo_origin="our own scripted expert, not robomimic's humans",
         demo_scripted=task in scripted.EXPERTS,
@@ -223,8 +225,10 @@ def robomimic_task(task: str, absolute: bool, view: str) -> Task:
         train={"horizon": 8, "action_steps": 4, "obs_noise": 0.005, "steps": 5_000, "eval_every": 2_500}
         | {"eval_episodes": 30, "report_episodes": 50}
         | ({"steps": 10_000, "eval_every": 5_000} if task in ("transport", "tool-hang") else {})  # long ones
-        # Two arms meet in the air. Of 30 starts 0.07 with 8 steps from one look to the next; 0.37, 0.53, 0.50 with 4, 2, 1.
+        # Two arms meet in the air. Of 30 starts 0.07 with 8 steps from one look to the next; 0.37, 0.53, 0.50 with 4, 2, 1; of 28
+        # 0.82 with 1, twice the steps, and demonstrations whose arms are recombined, which pictures cannot be.
         | ({"horizon": 4, "action_steps": 1, "obs_noise": 0.02, "eval_every": 10_000} if task == "transport" else {})
+        | ({"recombine": 2, "steps": 20_000} if (task, view) == ("transport", "state") else {})
         | ({"obs_steps": 1, "batch_size": 64} if view == "image" else {}),
         # Success alone is rewarded, so an iteration is a few dozen bits of news; and the ratio and the KL of a chunk are of 28
         # numbers and more together, so that limits which suit a body of three joints (0.2 and 0.05) stop nearly every update.

@@ -338,6 +338,13 @@ def clip_norm(x: np.ndarray, limit: float) -> np.ndarray:
 # --- demonstrations ---------------------------------------------------------------------------------------------------------
 
 
+# Transport's `object`: poses of what is moved, positions of what stands, whether it is done, and things from the hands.
+PAYLOAD, TRASH, LID = slice(0, 7), slice(7, 14), slice(14, 21)
+TARGET_BOX, TRASH_BOX, TRASH_DONE = slice(21, 24), slice(24, 27), slice(28, 29)
+GAPS = ((0, PAYLOAD, slice(29, 32)), (0, LID, slice(32, 35)), (1, PAYLOAD, slice(35, 38)), (1, TRASH, slice(38, 41)))
+MEETING = 0.3  # metres between its two hands, from where on each one's moves depend on the other
+
+
 def robomimic_demos(arrays: Arrays, task: str, absolute: bool, view: str) -> tuple[Arrays, np.ndarray]:
     """Arrays of robomimic's files, or of our own recordings, which hold absolute actions in the network's form already.
 
@@ -354,6 +361,53 @@ def robomimic_demos(arrays: Arrays, task: str, absolute: bool, view: str) -> tup
         arrays = {**arrays, "actions": to_network(np.asarray(arrays["actions"], np.float64), scene.arms)}
     obs, actions = plain_demos(arrays, file_shapes(task, view), (10 if absolute else 7) * scene.arms)
     return as_seen(obs, task), actions
+
+
+def recombine(arrays: Arrays, ends: np.ndarray, times: int) -> tuple[Arrays, np.ndarray]:
+    """Transport's demonstrations, low-dimensional, and `times` as many again that are put together from two or three of them.
+
+    Until the hands meet, an arm follows its own things alone: the arms of two demonstrations side by side are one that somebody
+    could have given. After that the lid and the rubbish lie somewhere, and could lie where another demonstration has left them.
+    From the given ones alone a policy learns to mind what does not matter: one arm stood still where the other one's things were
+    as they had never been. Pairs are drawn with a fixed seed.
+
+    Args: arrays: named as in robomimic's files, quaternions and all; ends: of the episodes. Returns: both for all episodes, the
+    given ones first; arrays that are no observation or action are left out.
+    """
+    given = {key: np.asarray(arrays[key]) for key in (*file_shapes("transport", "state"), "actions")}
+    starts, rng = np.concatenate([[0], ends[:-1]]), np.random.default_rng(0)
+    apart = np.linalg.norm(given["robot0_eef_pos"] - given["robot1_eef_pos"], axis=-1) > MEETING
+    meet = np.array([b if apart[a:b].all() else a + apart[a:b].argmin() for a, b in zip(starts, ends, strict=True)])
+
+    def lies(thing: slice, episode: int) -> bool:
+        places = given["object"][meet[episode] : ends[episode], thing][:, :3]
+        return len(places) > 0 and np.ptp(places, axis=0).max() < 0.01  # metres
+
+    made = []
+    for _ in range(times):
+        for first, second in enumerate(rng.permutation(len(ends))):  # until they meet
+            n = min(meet[first] - starts[first], meet[second] - starts[second])
+            episode = {key: value[starts[first] : starts[first] + n].copy() for key, value in given.items()}
+            other = {key: value[starts[second] : starts[second] + n] for key, value in given.items()}
+            episode |= {key: value for key, value in other.items() if key.startswith("robot1")}
+            half = episode["actions"].shape[1] // 2
+            episode["actions"][:, half:] = other["actions"][:, half:]
+            for part in (TRASH, TARGET_BOX, TRASH_BOX, TRASH_DONE):
+                episode["object"][:, part] = other["object"][:, part]
+            made.append(episode)
+        for host, *others in zip(range(len(ends)), rng.permutation(len(ends)), rng.permutation(len(ends)), strict=True):
+            episode = {key: value[meet[host] : ends[host]].copy() for key, value in given.items()}  # from then on
+            for parts, other in zip(((LID,), (TRASH, TRASH_BOX)), others, strict=True):
+                if lies(parts[0], host) and lies(parts[0], other):
+                    for part in parts:
+                        episode["object"][:, part] = given["object"][ends[other] - 1, part]
+            if len(episode["object"]):
+                made.append(episode)
+    for episode in made:
+        for hand, thing, gap in GAPS:
+            episode["object"][:, gap] = episode["object"][:, thing][:, :3] - episode[f"robot{hand}_eef_pos"]
+    whole = {key: np.concatenate([value, *(episode[key] for episode in made)]) for key, value in given.items()}
+    return whole, np.concatenate([ends, ends[-1] + np.cumsum([len(episode["actions"]) for episode in made])])
 
 
 def check_file(env_args: object, task: str, absolute: bool) -> None:

@@ -138,6 +138,49 @@ def test_a_damaged_description_of_the_environment_is_an_error_in_words_or_none(t
         read(path, "lift")
 
 
+def test_recombined_episodes_have_the_arms_of_two_demonstrations_until_they_meet():
+    rng, ends, met = np.random.default_rng(0), np.array([6, 14, 24]), np.array([4, 9, 20])  # the hands meet at these rows
+    arrays = {
+        key: rng.normal(size=(24, *shape)).astype(np.float32) for key, shape in rm.file_shapes("transport", "state").items()
+    }
+    arrays["actions"] = rng.normal(size=(24, 14)).astype(np.float32)
+    arrays["robot1_eef_pos"] = arrays["robot0_eef_pos"] + np.float32(1)
+    for begin, end in zip(met, ends, strict=True):
+        arrays["robot1_eef_pos"][begin:end] = arrays["robot0_eef_pos"][begin:end] + np.float32(0.1)
+        for thing in (rm.TRASH, rm.LID):
+            arrays["object"][begin:end, thing] = arrays["object"][begin, thing]
+        arrays["object"][begin:end, rm.TRASH_BOX] = arrays["object"][begin, rm.TRASH_BOX]
+    for hand, thing, gap in rm.GAPS:
+        arrays["object"][:, gap] = arrays["object"][:, thing][:, :3] - arrays[f"robot{hand}_eef_pos"]
+    made, made_ends = rm.recombine({**arrays, "env_args": "not of the steps"}, ends, 3)
+    assert all((made[key][:24] == arrays[key]).all() for key in arrays) and (made_ends[:3] == ends).all()
+    assert len(made_ends) == 3 + 3 * 2 * 3 and made_ends[-1] == len(made["actions"])
+
+    def row_of(key: str, columns: slice, row: np.ndarray) -> np.ndarray:
+        return np.flatnonzero((arrays[key][:, columns] == row[columns]).all(-1))
+
+    alone = {row for begin, end in zip(np.r_[0, ends[:-1]], met, strict=True) for row in range(begin, end)}
+    pairs, everything = set(), slice(None)
+    for row in range(24, len(made["actions"])):
+        (first,), (second,) = (row_of(f"robot{i}_eef_pos", everything, made[f"robot{i}_eef_pos"][row]) for i in (0, 1))
+        assert row_of("actions", slice(7), made["actions"][row]) == first
+        assert row_of("actions", slice(7, 14), made["actions"][row]) == second
+        thing = made["object"][row]
+        assert row_of("object", rm.PAYLOAD, thing) == first
+        lids = row_of("object", rm.LID, thing)
+        assert first in lids if first in alone else len(lids)
+        for hand, what, gap in rm.GAPS:
+            assert np.allclose(thing[gap], thing[what][:3] - made[f"robot{hand}_eef_pos"][row])
+        pairs.add((first, second))
+    assert {a for a, b in pairs if a != b} | {b for a, b in pairs if a != b} <= alone  # never the arms of two who have met
+    assert any(a != b for a, b in pairs)
+
+
+def test_only_transport_has_parts_to_recombine():
+    assert envs.get_task("transport").demo_recombine and not envs.get_task("transport-image").demo_recombine
+    assert not envs.get_task("lift").demo_recombine
+
+
 def test_scripted_takes_a_number_and_a_task_that_has_an_expert(tmp_path, monkeypatch):
     monkeypatch.setattr(demos, "DATA", tmp_path)
     made = []
