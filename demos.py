@@ -506,13 +506,18 @@ def load(
         obs, actions = convert(arrays)
     except ValueError as error:
         raise ValueError(f"{path} does not fit {task}: {error}") from error
-    if recombine is not None:
-        arrays, ends = recombine(arrays, np.asarray(ends, np.int64))
-        obs, actions = convert(arrays)
     origin = f"{origin}: " if source in ("embedded", "scripted") and origin else ""
     label = f"{source} demonstrations ({origin}{path.name})" if source in ("embedded", "official", "scripted") else str(path)
-    obs = {key: value if value.dtype == np.uint8 else np.ascontiguousarray(value, np.float32) for key, value in obs.items()}
-    data = Demos(obs, np.ascontiguousarray(actions, np.float32), np.asarray(ends, np.int64), label)
+
+    def checked(obs: Arrays, actions: np.ndarray, ends: np.ndarray) -> Demos:
+        obs = {key: value if value.dtype == np.uint8 else np.ascontiguousarray(value, np.float32) for key, value in obs.items()}
+        return Demos(obs, np.ascontiguousarray(actions, np.float32), np.asarray(ends, np.int64), label)
+
+    data = checked(obs, actions, ends)
+    if recombine is not None:  # what has been checked
+        arrays, ends = recombine(arrays, data.episode_ends)
+        label += ", parts of them recombined"
+        data = checked(*convert(arrays), ends)
     if "rewards" in arrays:
         rewards = arrays["rewards"]
         if len(rewards) < len(data.actions):
@@ -520,8 +525,6 @@ def load(
         if not np.isfinite(rewards).all():
             raise ValueError(f"{label}: rewards has NaN or infinity at step {int(np.argmin(np.isfinite(rewards)))}")
         data = dataclasses.replace(data, returns=np.add.reduceat(rewards, [0, *data.episode_ends[:-1]]))
-    if recombine is not None:
-        data = dataclasses.replace(data, source=f"{label}, parts of them recombined")
     if mirror is None:
         return data
     mirrored, mirrored_actions = convert(mirror(arrays))
@@ -532,7 +535,7 @@ def load(
         },
         np.concatenate([data.actions, mirrored_actions.astype(np.float32)]),
         np.concatenate([data.episode_ends, len(data.actions) + data.episode_ends]),
-        f"{data.source}, and their mirror images",
+        f"{label}, and their mirror images",
         None if data.returns is None else np.tile(data.returns, 2),
     )
 

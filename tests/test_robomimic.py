@@ -176,6 +176,31 @@ def test_recombined_episodes_have_the_arms_of_two_demonstrations_until_they_meet
     assert any(a != b for a, b in pairs)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"robot1_eef_pos": np.zeros((7, 3))}, "robot1_eef_pos has 7 steps, action has 8"),
+        ({"robot1_eef_pos": np.full((8, 3), np.nan)}, "robot1_eef_pos has NaN or infinity at step 0"),
+        ({"episode_ends": np.array([9])}, "episode_ends must rise strictly"),
+        ({"episode_ends": np.array([], int)}, "episode_ends must rise strictly"),
+        ({"episode_ends": np.array([5, 3, 8])}, "episode_ends must rise strictly"),
+    ],
+)
+def test_what_is_recombined_has_been_checked(tmp_path, changes, message):
+    arrays = {key: np.zeros((8, *shape)) for key, shape in rm.file_shapes("transport", "state").items()}
+    arrays |= {"actions": np.zeros((8, 14)), "episode_ends": np.array([3, 8]), **changes}
+    np.savez(tmp_path / "demos.npz", **arrays)
+    task = envs.get_task("transport")
+    with pytest.raises(ValueError, match=message):
+        demos.load(
+            str(tmp_path / "demos.npz"),
+            "transport",
+            task.demo_arrays,
+            task.demo_convert,
+            recombine=lambda arrays, ends: task.demo_recombine(arrays, ends, 2),
+        )
+
+
 def test_only_transport_has_parts_to_recombine():
     assert envs.get_task("transport").demo_recombine and not envs.get_task("transport-image").demo_recombine
     assert not envs.get_task("lift").demo_recombine
