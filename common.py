@@ -295,6 +295,37 @@ def usable_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+class Graphed:
+    """A function of tensors that launches hundreds of small kernels, recorded as one CUDA graph: the same numbers, one launch.
+
+    The first calls run as they are, then one is recorded, and later ones copy their arguments to where the recording reads them.
+    So shapes must not change, nothing in it may wait for the GPU, and the tensors it returns hold what the newest call gave.
+    """
+
+    WARM_UP = 3  # calls: what a library or an optimiser allocates once must be there before the recording
+
+    def __init__(self, function: Callable, generator: torch.Generator):
+        """generator: the CUDA generator that the function draws from."""
+        self.function, self.calls, self.stream, self.graph = function, 0, torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(generator)
+
+    def __call__(self, *arguments: Tensor):
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.function(*arguments)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if self.calls == self.WARM_UP + 1:
+            self.arguments = [argument.clone() for argument in arguments]
+            with torch.cuda.graph(self.graph):  # records, computes nothing
+                self.results = self.function(*self.arguments)
+        torch._foreach_copy_(self.arguments, list(arguments))
+        self.graph.replay()
+        return self.results
+
+
 class Board:
     """Means over the processes of one machine, through memory that all of them see: a quarter of the time of gloo's sockets.
 

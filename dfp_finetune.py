@@ -31,6 +31,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -45,6 +46,7 @@ import envs
 import evaluate
 import vector
 from common import (
+    Graphed,
     RunLog,
     UserError,
     catch_signals,
@@ -198,24 +200,32 @@ def follow(slow: torch.nn.Module, newest: torch.nn.Module, rate: float) -> None:
 class Learner:
     """Actor, critics, their slow copies pi_old and Qbar, and one update of all. One call of a network serves all candidates.
 
+    `step[online](*batch)` makes one update; on a GPU it replays a recording of `update`: hundreds of small kernels, one launch.
+
     `acting` is the policy that collects, is evaluated and saved. DEPARTS: it is not the newest one but an average of the actor,
     as in stage 1, that chooses by Qbar. One step can cost the newest policy a sixth of its successes (README).
     """
 
-    def __init__(self, policy: Policy, cfg: Config):
-        self.cfg, self.policy, self.critic = cfg, policy, policy.critic
+    def __init__(self, policy: Policy, cfg: Config, generator: torch.Generator):
+        """generator: of the latents, on the policy's device."""
+        self.cfg, self.policy, self.critic, self.generator = cfg, policy, policy.critic, generator
         self.acting = copy.deepcopy(policy).requires_grad_(False)
         self.target_critic = self.acting.critic
         self.old = copy.deepcopy(policy.backbone).requires_grad_(False)
         self.actor_weights = list(policy.backbone.parameters())
-        self.actor_optimizer = torch.optim.Adam(self.actor_weights, lr=cfg.lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=cfg.lr, fused=True)
+        self.on_gpu = self.actor_weights[0].is_cuda
+        adam = {"lr": cfg.lr, "fused": True, "capturable": self.on_gpu}
+        self.actor_optimizer = torch.optim.Adam(self.actor_weights, **adam)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), **adam)
         self.shape = cfg.horizon, policy.config.action_dim  # of a chunk
         if cfg.compile:
             for module in (policy.backbone, self.critic, self.target_critic, self.old):
                 module.compile()
+        self.step: dict[bool, Callable] = {online: partial(self.update, online) for online in (False, True)}
+        if self.on_gpu:
+            self.step = {online: Graphed(update, generator) for online, update in self.step.items()}
 
-    def latents(self, number: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+    def latents(self, number: int, scale: float = 1.0) -> Tensor:
         """(B, number, h, Da), with std `scale`: 1 for the samples that are trained and for the critics' target.
 
         DEPARTS from 1 for proposals and when acting: the rare samples far from all data are those of which the critics know
@@ -223,25 +233,27 @@ class Learner:
         near the middle of the samples the best of them is what the data do, and play does nothing that it values.
         """
         shape = (self.cfg.batch_size, number, *self.shape)
-        return scale * torch.randn(shape, generator=generator).to(self.policy.normalize_action.center.device)
+        return scale * torch.randn(shape, generator=self.generator, device=self.generator.device)
 
-    def next_value(self, cond: Tensor, generator: torch.Generator) -> Tensor:
+    def next_value(self, cond: Tensor) -> Tensor:
         """What the best of N' samples is worth by the slow critics: mean of both. cond (B, C) -> (B,)."""
-        chosen = best_of(*self.policy.propose(cond, self.latents(self.cfg.candidates, generator)))
+        chosen = best_of(*self.policy.propose(cond, self.latents(self.cfg.candidates)))
         return self.target_critic(cond, chosen.unsqueeze(1)).mean(0)[:, 0]
 
-    def proposals(self, cond: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def proposals(self, cond: Tensor) -> tuple[Tensor, Tensor]:
         """N chunks of pi_old (B, N, h, Da), and the critics' mean of each (B, N)."""
-        chunks = self.old(self.latents(self.cfg.proposals, generator, self.cfg.latent_scale), cond).clamp(-1, 1)
+        chunks = self.old(self.latents(self.cfg.proposals, self.cfg.latent_scale), cond).clamp(-1, 1)
         return chunks, self.critic(cond, chunks).mean(0)
 
-    def update(self, batch: tuple[Tensor, ...], online: bool, generator: torch.Generator) -> dict[str, Tensor]:
-        """One step of the critics, of their slow copy, of the actor and, online, of pi_old. batch: see ReplayBuffer.sample."""
-        cfg, (cond, chunk, returns, alive, next_cond) = self.cfg, batch
+    def update(
+        self, online: bool, cond: Tensor, chunk: Tensor, returns: Tensor, alive: Tensor, next_cond: Tensor
+    ) -> dict[str, Tensor]:
+        """One step of the critics, of their slow copy, of the actor and, online, of pi_old. Tensors: see ReplayBuffer.sample."""
+        cfg = self.cfg
 
         # Critics.
         with torch.no_grad():
-            target = critic_target(returns, alive, self.next_value(next_cond, generator), cfg.gamma**cfg.horizon)
+            target = critic_target(returns, alive, self.next_value(next_cond), cfg.gamma**cfg.horizon)
         self.critic.requires_grad_(True)
         q = self.critic(cond, chunk.unsqueeze(1))[..., 0]  #                       (E, B)
         loss = critic_loss(q, target)
@@ -253,12 +265,14 @@ class Learner:
         # Actor: towards the data's chunk and, online, towards the best of pi_old's proposals. No gradient enters the critics.
         self.critic.requires_grad_(False)
         row = {"critic_loss": loss.detach(), "q": q.detach().mean(), "q_error": loss.detach().sqrt()}
-        generated = self.policy.backbone(self.latents(cfg.hypotheses, generator), cond)  # (B, N_gen, h, Da)
+        generated = self.policy.backbone(self.latents(cfg.hypotheses), cond)  # (B, N_gen, h, Da)
         positives = None
         if online and cfg.method in ("dfp", "random-k"):
             with torch.no_grad():
-                proposals, value = self.proposals(cond, generator)
-            rank = value if cfg.method == "dfp" else torch.rand(value.shape, generator=generator).to(value.device)
+                proposals, value = self.proposals(cond)
+            rank = value
+            if cfg.method == "random-k":
+                rank = torch.rand(value.shape, generator=self.generator, device=value.device)
             positives = top_k_positives(proposals.flatten(2), rank, cfg.positives)
             row["gain"] = value.gather(1, rank.topk(cfg.positives, 1).indices).mean() - value.mean()
         expert = chunk.flatten(1).unsqueeze(1)  #                                  (B, 1, S)
@@ -276,12 +290,17 @@ class Learner:
 
     def state(self) -> dict:
         parts = ("acting", "old", "actor_optimizer", "critic_optimizer")
-        return {"policy": self.policy.state(), **{name: getattr(self, name).state_dict() for name in parts}}
+        latents = {"latents": self.generator.get_state()}
+        return {"policy": self.policy.state(), **{name: getattr(self, name).state_dict() for name in parts}, **latents}
 
     def load(self, state: dict) -> None:
         self.policy.load_state_dict(state["policy"]["weights"])
         for name in ("acting", "old", "actor_optimizer", "critic_optimizer"):
             getattr(self, name).load_state_dict(state[name])
+        for group in self.actor_optimizer.param_groups + self.critic_optimizer.param_groups:
+            group["capturable"] = self.on_gpu  # the run may have begun on another device
+        if len(state["latents"]) == len(self.generator.get_state()):  # ... whose generators do not fit here
+            self.generator.set_state(state["latents"])
 
 
 # --- the script ---------------------------------------------------------------------------------------------------------
@@ -438,7 +457,9 @@ def main() -> None:
 
     # ---- seed -------------------------------------------------------------------------------------------------------
     seed_everything(cfg.seed)
-    generator = torch.Generator().manual_seed(cfg.seed)  # minibatches and all latents
+    generator = torch.Generator().manual_seed(cfg.seed)  # minibatches and latents
+    on_gpu = device.type == "cuda"
+    latents = torch.Generator(device).manual_seed(cfg.seed) if on_gpu else generator  # of the updates: a GPU draws its own
 
     # ---- data and environments --------------------------------------------------------------------------------------
     with plain_errors(2):
@@ -461,7 +482,7 @@ def main() -> None:
     # ---- model ------------------------------------------------------------------------------------------------------
     with plain_errors():
         policy = make_policy(cfg, task, data).to(device).eval()
-    learner = Learner(policy, cfg)
+    learner = Learner(policy, cfg, latents)
     with plain_errors():
         # of an unfinished episode the last observation is kept, too: at most one row more per environment step
         buffer = ReplayBuffer(
@@ -553,7 +574,7 @@ def main() -> None:
     while step < total:
         online, row = step >= cfg.offline_steps, {}
         if not online:
-            records = [learner.update(buffer.sample(cfg.batch_size, generator), False, generator)]
+            records = [learner.step[False](*buffer.sample(cfg.batch_size, generator))]
             step += 1
         else:
             if step == cfg.offline_steps:
@@ -582,7 +603,7 @@ def main() -> None:
                     successes.append(float(info["success"][i]))
             step += cfg.num_envs
             updates = range(updates_due(step - cfg.offline_steps, cfg))
-            records = [learner.update(buffer.sample(cfg.batch_size, generator), True, generator) for _ in updates]
+            records = [learner.step[True](*buffer.sample(cfg.batch_size, generator)) for _ in updates]
         bar.update(min(cfg.num_envs if online else 1, total - bar.n))
 
         # Log, evaluate, save.

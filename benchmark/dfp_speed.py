@@ -13,6 +13,7 @@ import dataclasses
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,7 @@ from policy import Policy, PolicyConfig, best_of
 
 RESULTS = ROOT / "benchmark" / "results" / "dfp_speed.json"
 FEATURES, ACTIONS = 28, 5  # of cube-single
+WARM_UP = 8  # rounds; on a GPU the fourth is recorded
 PUBLISHED_MS = 13.6  # per online step, its authors' figure
 
 
@@ -38,6 +40,7 @@ class Config:
     rounds: int = 60  # updates of each
     threads: int = 1
     device: str = "cpu"
+    matmul: Literal["highest", "high"] = "highest"  # precision of matrix products; high: TF32, on GPUs that have it
 
 
 class Straightforward(dfp.Learner):
@@ -49,14 +52,14 @@ class Straightforward(dfp.Learner):
         columns = [sum(part(cond, chunks[:, n : n + 1])[0, :, 0] for part in parts) / len(parts) for n in range(chunks.shape[1])]
         return torch.stack(columns, 1)
 
-    def next_value(self, cond: Tensor, generator: torch.Generator) -> Tensor:
-        z = self.latents(self.cfg.candidates, generator)
+    def next_value(self, cond: Tensor) -> Tensor:
+        z = self.latents(self.cfg.candidates)
         chunks = torch.cat([self.policy.backbone(z[:, n : n + 1], cond).clamp(-1, 1) for n in range(z.shape[1])], 1)
         chosen = best_of(chunks, self.each(self.critic, cond, chunks))
         return self.each(self.target_critic, cond, chosen.unsqueeze(1))[:, 0]
 
-    def proposals(self, cond: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        z = self.latents(self.cfg.proposals, generator, self.cfg.latent_scale)
+    def proposals(self, cond: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.latents(self.cfg.proposals, self.cfg.latent_scale)
         chunks = torch.cat([self.old(z[:, n : n + 1], cond).clamp(-1, 1) for n in range(z.shape[1])], 1)
         return chunks, self.each(self.critic, cond, chunks)
 
@@ -121,39 +124,43 @@ def make(cfg: Config, cls) -> dfp.Learner:
             critic_depth=settings.critic_depth,
         )
     ).to(cfg.device)
-    return cls(policy, settings)
+    return cls(policy, settings, torch.Generator(cfg.device).manual_seed(0))
 
 
 def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     torch.set_num_threads(cfg.threads)
-    learners = {"ours": make(cfg, dfp.Learner), "straightforward": make(cfg, Straightforward)}
-    B, h = learners["ours"].cfg.batch_size, learners["ours"].cfg.horizon
+    torch.set_float32_matmul_precision(cfg.matmul)
+    learner, other = make(cfg, dfp.Learner), make(cfg, Straightforward)
+    updates = {"ours": learner.step[True], "straightforward": partial(other.update, True)}
+    if cfg.device != "cpu":
+        updates["unrecorded"] = partial(make(cfg, dfp.Learner).update, True)
+    B, h = learner.cfg.batch_size, learner.cfg.horizon
     draw = torch.Generator().manual_seed(0)
     shapes = ((B, FEATURES), (B, h, ACTIONS), (B,), (B,), (B, FEATURES))
-    times: dict[str, list[float]] = {name: [] for name in learners}
-    for k in range(cfg.rounds + 5):
+    times: dict[str, list[float]] = {name: [] for name in updates}
+    for k in range(cfg.rounds + WARM_UP):
         batch = tuple(torch.randn(shape, generator=draw).clamp(-1, 1).to(cfg.device) for shape in shapes)
         rows = {}
-        for name, learner in learners.items():
-            generator = torch.Generator().manual_seed(k)
+        for name, update in updates.items():
             began = time.perf_counter()
-            row = learner.update(batch, True, generator)
+            row = update(*batch)
             rows[name] = {key: value.item() for key, value in row.items()}  # .item() waits for the device
-            if k >= 5:
+            if k >= WARM_UP:
                 times[name].append((time.perf_counter() - began) * 1e3)
-        if k == 0:
+        for name in rows if k == 0 else [name for name in rows if name == "unrecorded" and k < WARM_UP]:
             for key, value in rows["ours"].items():
-                assert np.isclose(value, rows["straightforward"][key], rtol=1e-3, atol=1e-5), key
+                assert np.isclose(value, rows[name][key], rtol=1e-3, atol=1e-5), (k, name, key, value, rows[name][key])
     median = {name: round(float(np.median(values)), 2) for name, values in times.items()}
-    result = {"preset": cfg.preset, "device": cfg.device, "threads": cfg.threads, "ms": median}
+    device = torch.cuda.get_device_name() if cfg.device != "cpu" else "cpu"
+    result = {"preset": cfg.preset, "device": device, "matmul": cfg.matmul, "threads": cfg.threads, "ms": median}
     result["times_faster"] = round(median["straightforward"] / median["ours"], 2)
-    others = [row for row in found() if (row["preset"], row["device"]) != (cfg.preset, cfg.device)]
+    others = [row for row in found() if (row["preset"], row["device"], row.get("matmul")) != (cfg.preset, device, cfg.matmul)]
     RESULTS.write_text(json.dumps([*others, {**record.stamp(), **result}], indent=1) + "\n")
     print(table(found()) + "\n")
     with torch.profiler.profile() as profile:
         for _ in range(10):
-            learners["ours"].update(batch, True, generator)
+            learner.update(True, *batch)
     print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
 
 

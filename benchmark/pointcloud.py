@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,8 @@ class Config:
     episodes: int = 100  # of the final evaluation; the papers have 20
     adroit: str = ""  # folder of the published experts' npz files
     device: str = "auto"
+    steps: int = 0  # gradient steps of each training; 0: the task's own number
+    jobs: int = 1  # trainings at once, as on a machine with a GPU and many cores
     print: bool = False  # print the table of what there is, run nothing
 
 
@@ -60,6 +63,7 @@ def table(rows: list[dict]) -> str:
 def run(task: str, seed: int, cfg: Config) -> dict:
     demos = f"{cfg.adroit}/{task.replace('-', '_')}_expert.npz" if task.startswith("adroit") else "embedded"
     flags = ["--demos", demos, "--seed", str(seed), "--report-episodes", str(cfg.episodes), "--device", cfg.device]
+    flags += ["--steps", str(cfg.steps), "--eval-every", str(cfg.steps // 2)] if cfg.steps else []
     return record.run("dbp_train.py", RUNS / f"{task}-points-{seed}", ["--env", f"{task}-points", *flags])
 
 
@@ -73,13 +77,16 @@ def main() -> None:
     names = [name for word in cfg.tasks for name in {"eight": EIGHT, "all": every, "adroit": []}.get(word, [word])]
     tasks = [f"metaworld-{name}" for name in names] + (["adroit-door", "adroit-pen"] if "adroit" in cfg.tasks else [])
     done = {(row["task"], row["train_seed"]) for row in record.read(RESULTS)}
-    for task, seed in [] if cfg.print else [(t, s) for s in cfg.seeds for t in tasks if (t, s) not in done]:
-        try:
-            line = run(task, seed, cfg)
-        except subprocess.CalledProcessError as error:  # its message stands above; the others go on
-            print(f"{task}, seed {seed}: not run, status {error.returncode}", flush=True)
-            continue
-        record.append(RESULTS, {"task": task, "train_seed": seed}, line)
+    jobs = [] if cfg.print else [(task, seed) for seed in cfg.seeds for task in tasks if (task, seed) not in done]
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        lines = {pool.submit(run, *job, cfg): job for job in jobs}
+        for finished in as_completed(lines):
+            task, seed = lines[finished]
+            try:
+                own = {"steps": cfg.steps} if cfg.steps else {}
+                record.append(RESULTS, {"task": task, "train_seed": seed, **own}, finished.result())
+            except subprocess.CalledProcessError as error:  # its message stands above; the others go on
+                print(f"{task}, seed {seed}: not run, status {error.returncode}", flush=True)
     print(table(record.read(RESULTS)))
 
 

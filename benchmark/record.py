@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -57,4 +59,5 @@ def machine() -> str:
     family = f" (family {values['cpu family']})" if "cpu family" in values else ""
     siblings = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
     threads = "hyperthreads" if siblings.is_file() and siblings.read_text().strip() != "0" else "cores"
-    return f"{count} {threads}, {values['model name']}{family}"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{count} {threads}, {values['model name']}{family}{gpu}"

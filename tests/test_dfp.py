@@ -163,11 +163,11 @@ def test_top_k_moves_a_policy_to_the_better_of_two_ways():
 
 def test_slow_copies_follow_and_keep_no_graph_of_the_steps_behind_them():
     cfg = dfp_finetune.Config(batch_size=4, horizon=2, hypotheses=2, proposals=4, positives=2, candidates=4)
-    learner, generator = dfp_finetune.Learner(policy_with_critic(), cfg), torch.Generator().manual_seed(0)
+    learner = dfp_finetune.Learner(policy_with_critic(), cfg, torch.Generator().manual_seed(0))
     batch = torch.randn(4, 3), torch.rand(4, 2, 1) - 0.5, torch.randn(4), torch.ones(4), torch.randn(4, 3)
     before = [p.clone() for p in learner.acting.parameters()]
     for _ in range(2):
-        learner.update(batch, True, generator)
+        learner.step[True](*batch)
     slow = [*learner.acting.parameters(), *learner.old.parameters(), *learner.target_critic.parameters()]
     assert all(p.grad_fn is None for p in slow)  # once they grew with every step: 54 KB of the preset fast
     assert any(not torch.equal(a, b) for a, b in zip(before, learner.acting.parameters(), strict=True))

@@ -124,6 +124,7 @@ def check_same_run(out: Path, whole: Path) -> None:
         "actor_optimizer",
         "critic_optimizer",
         "generator",
+        "latents",
         "buffer",
         "recorder",
         "plans",
