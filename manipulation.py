@@ -116,14 +116,14 @@ class Eye:
         self.renderer.update_scene(data, self.name, self.option)
         return self.renderer.render().copy()
 
-    def points(self, data, low: np.ndarray, high: np.ndarray, count: int) -> np.ndarray:
-        """(count, 3) float32, metres in the world's frame, of what lies in the box."""
+    def points(self, data, low: np.ndarray, high: np.ndarray, count: int, surface: float = -np.inf) -> np.ndarray:
+        """(count, 3) float32, metres in the world's frame, of what lies in the box; surface: see `crop`."""
         self.renderer.enable_depth_rendering()
         self.renderer.update_scene(data, self.name, self.option)
         pose = np.eye(4)  # camera -> world
         pose[:3, :3], pose[:3, 3] = data.camera(self.name).xmat.reshape(3, 3) * [1, -1, -1], data.camera(self.name).xpos
         points = depth_to_points(self.renderer.render(), self.camera, pose)
-        points = points[crop(points, low, high)]
+        points = points[crop(points, low, high, surface)]
         return points[farthest_points(points, count)].astype(np.float32)
 
 
@@ -139,11 +139,11 @@ class Seen(gymnasium.Env):
         self.eye = self.eye or Eye(self.sim.model, self.camera, self.SIZE, self.SIZE)
         return self.eye
 
-    def _seen(self, robot: np.ndarray, low: np.ndarray, high: np.ndarray) -> Arrays:
-        """robot: its own sensors; low, high: corners of the workspace, metres."""
+    def _seen(self, robot: np.ndarray, low: np.ndarray, high: np.ndarray, surface: float = -np.inf) -> Arrays:
+        """robot: its own sensors; low, high: corners of the workspace, metres; surface: see `crop`."""
         if self.view == "image":
             return {"robot": robot, "image": self._eye().picture(self.sim.data)}
-        return {"robot": robot, "points": self._eye().points(self.sim.data, low, high, self.POINTS)}
+        return {"robot": robot, "points": self._eye().points(self.sim.data, low, high, self.POINTS, surface)}
 
     def render(self) -> np.ndarray:
         return self._eye().picture(self.sim.data)
@@ -173,6 +173,9 @@ METAWORLD = {
     }.items()
 }
 
+# Metres: tables with a hole are higher, and the box begins above the hole's floor.
+SURFACE, HOLES = 0.05, {"hand-insert": -0.045, "pick-out-of-hole": 0.01, "sweep-into": -0.045}
+
 
 class MetaWorld(Seen):
     """One task of Meta-World v3: a Sawyer arm, actions are the hand's displacement (3) and the gripper's force (1), in [-1, 1].
@@ -190,6 +193,9 @@ class MetaWorld(Seen):
         sims, self.expert = metaworld_tasks()
         self.expert = self.expert[f"{task}-v3"]
         self.sim, self.view = sims[f"{task}-v3"](), view
+        self.low, self.surface = self.LOW, -np.inf
+        if task in HOLES:
+            self.low, self.surface = np.array([*self.LOW[:2], HOLES[task]]), SURFACE
         self.sim._freeze_rand_vec, self.sim.seeded_rand_vec, self.sim._set_task_called = False, True, True
         self.sim._partially_observable = False  # the goal is part of the observation
         self.sim.__dict__.pop("sawyer_observation_space", None)  # cached with the goal left out
@@ -220,7 +226,7 @@ class MetaWorld(Seen):
         robot = np.concatenate(bodies).astype(np.float32)
         for name, position in self.sim._target_site_config:  # the markers: a step puts them back to where the model has them
             self.sim.data.site(name).xpos[:] = self.sim._target_pos if name == "goal" else position
-        return self._seen(robot, self.LOW, self.HIGH)
+        return self._seen(robot, self.low, self.HIGH, self.surface)
 
 
 def metaworld_tasks() -> tuple[dict, dict]:

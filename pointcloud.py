@@ -34,9 +34,13 @@ def depth_to_points(depth: np.ndarray, camera: np.ndarray, pose: np.ndarray) -> 
     return points
 
 
-def crop(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Indices (M,) of the points (N, 3 or more) inside the box [low, high], metres. Raises ValueError where none is."""
-    inside = np.flatnonzero(((points[:, :3] >= low) & (points[:, :3] <= high)).all(-1))
+def crop(points: np.ndarray, low: np.ndarray, high: np.ndarray, surface: float = -np.inf) -> np.ndarray:
+    """Indices (M,) of the points (N, 3 or more) inside the box [low, high], metres. Raises ValueError where none is.
+
+    surface: height of a table; what lies within 8 mm of it is left out, where a lower wall of the box would cut off a hole in it.
+    """
+    kept = ((points[:, :3] >= low) & (points[:, :3] <= high)).all(-1) & ~(np.abs(points[:, 2] - surface) < 8e-3)
+    inside = np.flatnonzero(kept)
     if len(inside) == 0:
         finite = points[np.isfinite(points[:, :3]).all(-1), :3]
         box = f"{np.asarray(low)} ... {np.asarray(high)} m"

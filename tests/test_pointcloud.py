@@ -43,6 +43,11 @@ def test_unknown_depth_gives_no_point_and_nan_is_refused():
         pointcloud.depth_to_points(depth, pointcloud.intrinsics(60, 4, 4), np.eye(4))
 
 
+def test_a_table_with_a_hole_goes_and_what_is_in_the_hole_stays():
+    points = np.array([[0.0, 0.0, z] for z in (-0.02, 0.045, 0.05, 0.055, 0.07)])
+    assert pointcloud.crop(points, [-1] * 3, [1] * 3, surface=0.05).tolist() == [0, 4]
+
+
 def test_an_empty_crop_says_what_the_camera_saw():
     points = np.array([[0.0, 0.0, 2.0], [1.0, 0.5, 3.0]])
     assert pointcloud.crop(points, [-1, -1, 0], [2, 2, 2.5]).tolist() == [0]
