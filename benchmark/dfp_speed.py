@@ -1,7 +1,8 @@
 """What an off-policy update costs: with one call per network for all candidates, and written straightforwardly, a call for each.
 
-    python benchmark/dfp_speed.py                            a minute, one thread; preset fast
-    python benchmark/dfp_speed.py --preset paper             the published sizes; on a GPU beside the published 13.6 ms
+    python benchmark/dfp_speed.py                                               a minute, one thread; preset fast
+    python benchmark/dfp_speed.py --preset paper --device cuda                  the published sizes, beside the published 13.6 ms
+    python benchmark/dfp_speed.py --preset paper --device cuda --matmul high    with TF32
 
 Both learners get the same batches and latents and take the same steps to within rounding (checked here); updates alternate in one
 run. Then a profile of ours: share of an update per part. Writes benchmark/results/dfp_speed.json.
@@ -90,15 +91,18 @@ def found() -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| preset | device | one update | a call for each candidate and critic | faster | published |",
-        "|---|---|---|---|---|---|",
+        "| preset | device | one update | without a CUDA graph | a call for each candidate and critic | faster | published |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         ours, other = row["ms"]["ours"], row["ms"]["straightforward"]
         published = f"{PUBLISHED_MS} ms per online step, on a GPU" if row["preset"] == "paper" else "-"
         device = f"{row['device']}, {row['threads']} thread(s)" if row["device"] == "cpu" else row["device"]
+        device += ", TF32" if row.get("matmul") == "high" else ""
+        eager = f"{row['ms']['unrecorded']:.1f} ms" if "unrecorded" in row["ms"] else "-"
         faster = row["times_faster"]
-        lines.append(f"| {row['preset']} | {device} | {ours:.1f} ms | {other:.1f} ms | {faster:.1f} times | {published} |")
+        ms = f"{ours:.1f} ms | {eager} | {other:.1f} ms"
+        lines.append(f"| {row['preset']} | {device} | {ms} | {faster:.1f} times | {published} |")
     return "\n".join(lines)
 
 
