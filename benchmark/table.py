@@ -67,7 +67,8 @@ def only_group(row: dict) -> str:
 
 def only_points(row: dict) -> str:
     suite, name = row["task"].split("-", 1)
-    return f" --tasks {name}" if suite == "metaworld" else " --tasks adroit --adroit PATH"
+    own = f" --steps {row['steps']} --episodes {row['episodes']}" if "steps" in row else ""
+    return f" --tasks {name}{own}" if suite == "metaworld" else " --tasks adroit --adroit PATH"
 
 
 def of_json(script, command: str, table: Callable[[dict], str]) -> Table:
