@@ -96,6 +96,7 @@ class Config:
     proposals: int = 16  # N; published: 16
     positives: int = 4  # K; published: 4, on RoboMimic 2
     topk_weight: float = 0.5  # lambda; published: 0.5. Of the value's term where --method is gradient
+    clone: Literal["all", "successes"] = "all"  # what L_BC clones; DEPARTS successes: only episodes in which the task ended
     latent_scale: float = 0.25  # std of the latents of proposals, and when acting; DEPARTS published: 1, see `Learner.latents`
     candidates: int = 8  # N', of acting and of the critic's target; published: 16, on RoboMimic 4
     old_rate: float = 1e-4  # pi_old follows the actor by so much per update; published: 1e-4
@@ -173,15 +174,21 @@ def top_k_positives(chunks: Tensor, q: Tensor, k: int) -> Tensor:
 
 
 def actor_loss(
-    generated: Tensor, expert: Tensor, positives: Tensor | None, weight: float, temperatures: tuple[float, ...]
+    generated: Tensor,
+    expert: Tensor,
+    positives: Tensor | None,
+    weight: float,
+    temperatures: tuple[float, ...],
+    cloned: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = L_BC + lambda L_topK, two drift losses of the same samples; L_BC alone without positives.
 
     Args: generated (B, N_gen, S), the policy's samples, which are also the negatives; expert (B, 1, S), the chunk of the data;
-        positives (B, K, S) or None; weight: lambda. Returns: loss, a scalar, and dbp_loss's diagnostics of L_BC.
+        positives (B, K, S) or None; weight: lambda; cloned (B,): 0 where L_BC shall not count, else 1, None for 1 everywhere.
+    Returns: loss, a scalar, and dbp_loss's diagnostics of L_BC.
     """
     loss, diagnostics = dbp_loss(generated, expert, temperatures=temperatures)
-    loss = loss.mean()
+    loss = (loss if cloned is None else loss * cloned).mean()
     if positives is not None:
         improvement, _ = dbp_loss(generated, positives, temperatures=temperatures)
         loss = loss + weight * improvement.mean()
@@ -246,7 +253,7 @@ class Learner:
         return chunks, self.critic(cond, chunks).mean(0)
 
     def update(
-        self, online: bool, cond: Tensor, chunk: Tensor, returns: Tensor, alive: Tensor, next_cond: Tensor
+        self, online: bool, cond: Tensor, chunk: Tensor, returns: Tensor, alive: Tensor, next_cond: Tensor, succeeded: Tensor
     ) -> dict[str, Tensor]:
         """One step of the critics, of their slow copy, of the actor and, online, of pi_old. Tensors: see ReplayBuffer.sample."""
         cfg = self.cfg
@@ -276,7 +283,8 @@ class Learner:
             positives = top_k_positives(proposals.flatten(2), rank, cfg.positives)
             row["gain"] = value.gather(1, rank.topk(cfg.positives, 1).indices).mean() - value.mean()
         expert = chunk.flatten(1).unsqueeze(1)  #                                  (B, 1, S)
-        loss, diagnostics = actor_loss(generated.flatten(2), expert, positives, cfg.topk_weight, cfg.temperatures)
+        cloned = succeeded if cfg.clone == "successes" else None
+        loss, diagnostics = actor_loss(generated.flatten(2), expert, positives, cfg.topk_weight, cfg.temperatures, cloned)
         if cfg.method == "gradient":  # the rival: uphill through the critics
             value = self.critic(cond, generated.clamp(-1, 1))
             loss = loss - cfg.topk_weight * value.mean() / value.detach().abs().mean().clamp_min(1e-6)
@@ -476,6 +484,8 @@ def main() -> None:
     if task.demo_rewards is None:
         sooner = " if it has not come sooner" if task.demo_success is not None else ""
         print(f"rewards: -1 per step; the end of every demonstration is taken for its success{sooner}")
+    if cfg.clone == "successes" and not terminated.any():
+        raise UserError("--clone successes: the task succeeds nowhere in these data; there is nothing to clone")
     if not terminated.any():
         print("the task succeeds nowhere in these data: the critic can learn only that every step costs 1, until it does")
 

@@ -48,6 +48,7 @@ class ReplayBuffer:
         self.rewards, self.terminated = torch.zeros(capacity), torch.zeros(capacity, dtype=torch.bool)
         self.returns, self.alive = torch.zeros(capacity, device=device), torch.zeros(capacity, device=device)
         self.valid = torch.zeros(capacity, dtype=torch.bool)
+        self.succeeded = torch.zeros(capacity, device=device)  # 1 for steps of episodes in which the task ended, else 0
         self.starts = torch.zeros(capacity, dtype=torch.long)  # rows where valid is true, in order
         self.size, self.chunks = 0, 0  # steps, valid starts
         self.ends: list[int] = []
@@ -66,6 +67,8 @@ class ReplayBuffer:
             raise ValueError(f"the buffer has room for {len(self.obs):,} steps; {last:,} came")
         returns, alive, valid = n_step(rewards, terminated, ends, self.horizon, self.gamma)
         starts = torch.from_numpy(first + np.flatnonzero(valid))
+        lengths = np.diff(ends, prepend=0)
+        succeeded = np.repeat(np.add.reduceat(np.asarray(terminated, int), ends - lengths) > 0, lengths)
         for store, values in (
             (self.obs, obs),
             (self.actions, actions),
@@ -74,19 +77,21 @@ class ReplayBuffer:
             (self.returns, returns),
             (self.alive, alive),
             (self.valid, valid),
+            (self.succeeded, succeeded),
         ):
             store[first:last] = torch.from_numpy(np.asarray(values)).to(store.dtype)
         self.starts[self.chunks : self.chunks + len(starts)] = starts
         self.size, self.chunks = last, self.chunks + len(starts)
         self.ends += [first + int(end) for end in ends]
 
-    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """cond (B, C), chunk (B, h, Da), returns (B,), alive (B,), cond after the chunk (B, C). All chunks have equal chance."""
+    def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """cond (B, C), chunk (B, h, Da), returns (B,), alive (B,), cond after the chunk (B, C), 1 for steps of a success,
+        else 0, (B,). All chunks have equal chance."""
         which = torch.randint(self.chunks, (batch,), generator=generator)
         t = self.starts[which].to(self.device)
         chunk = self.actions[t.unsqueeze(1) + torch.arange(self.horizon, device=self.device)]
         following = (t + self.horizon).clamp(max=self.size - 1)  # where nothing follows, alive is 0 and any row will do
-        return self.obs[t], chunk, self.returns[t], self.alive[t], self.obs[following]
+        return self.obs[t], chunk, self.returns[t], self.alive[t], self.obs[following], self.succeeded[t]
 
     def state(self, since: int) -> dict:
         """All steps from row `since` on."""

@@ -141,7 +141,7 @@ def main() -> None:
         updates["unrecorded"] = partial(make(cfg, dfp.Learner).update, True)
     B, h = learner.cfg.batch_size, learner.cfg.horizon
     draw = torch.Generator().manual_seed(0)
-    shapes = ((B, FEATURES), (B, h, ACTIONS), (B,), (B,), (B, FEATURES))
+    shapes = ((B, FEATURES), (B, h, ACTIONS), (B,), (B,), (B, FEATURES), (B,))
     times: dict[str, list[float]] = {name: [] for name in updates}
     for k in range(cfg.rounds + WARM_UP):
         batch = tuple(torch.randn(shape, generator=draw).clamp(-1, 1).to(cfg.device) for shape in shapes)

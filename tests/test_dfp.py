@@ -126,6 +126,12 @@ def test_the_actor_follows_both_drifts_and_nothing_reaches_the_positives():
     assert alone < loss and same["distance"] == diagnostics["distance"]
 
 
+def test_what_shall_not_be_cloned_pulls_nothing():
+    x, expert = torch.randn(3, 5, 4, requires_grad=True), torch.randn(3, 1, 4)
+    actor_loss(x, expert, None, 0.5, (0.3,), cloned=torch.tensor([1.0, 0.0, 1.0]))[0].backward()
+    assert [bool(g.abs().sum() > 0) for g in x.grad] == [True, False, True]
+
+
 def test_top_k_moves_a_policy_to_the_better_of_two_ways():
     """Data with two ways to act, -0.6 and 0.6; the second earns more. Cloning keeps both, top-K goes to the second."""
     share = {}
@@ -164,7 +170,7 @@ def test_top_k_moves_a_policy_to_the_better_of_two_ways():
 def test_slow_copies_follow_and_keep_no_graph_of_the_steps_behind_them():
     cfg = dfp_finetune.Config(batch_size=4, horizon=2, hypotheses=2, proposals=4, positives=2, candidates=4)
     learner = dfp_finetune.Learner(policy_with_critic(), cfg, torch.Generator().manual_seed(0))
-    batch = torch.randn(4, 3), torch.rand(4, 2, 1) - 0.5, torch.randn(4), torch.ones(4), torch.randn(4, 3)
+    batch = torch.randn(4, 3), torch.rand(4, 2, 1) - 0.5, torch.randn(4), torch.ones(4), torch.randn(4, 3), torch.ones(4)
     before = [p.clone() for p in learner.acting.parameters()]
     for _ in range(2):
         learner.step[True](*batch)

@@ -58,7 +58,7 @@ def test_returns_and_masks_are_those_found_step_by_step(seed):
 def test_no_chunk_of_a_sample_crosses_an_episodes_end():
     buffer, data = filled()
     generator = torch.Generator().manual_seed(0)
-    obs, chunk, returns, alive, following = buffer.sample(500, generator)
+    obs, chunk, returns, alive, following, succeeded = buffer.sample(500, generator)
     seen = set()
     for b in range(500):
         t = int(np.flatnonzero((data["obs"] == obs[b].numpy()).all(1))[0])
@@ -66,6 +66,8 @@ def test_no_chunk_of_a_sample_crosses_an_episodes_end():
         total, goes_on, fits = by_hand(data["rewards"], data["terminated"], data["ends"], t)
         assert fits and returns[b] == pytest.approx(total) and alive[b] == goes_on
         assert np.array_equal(chunk[b].numpy(), data["actions"][t : t + H])
+        episode = np.searchsorted(data["ends"], t, "right")
+        assert succeeded[b] == data["terminated"][slice(([0, *data["ends"]])[episode], data["ends"][episode])].any()
         if goes_on:
             assert np.array_equal(following[b].numpy(), data["obs"][t + H])
     assert seen == {t for t in range(21) if by_hand(data["rewards"], data["terminated"], data["ends"], t)[2]}
