@@ -307,8 +307,9 @@ class Learner:
             getattr(self, name).load_state_dict(state[name])
         for group in self.actor_optimizer.param_groups + self.critic_optimizer.param_groups:
             group["capturable"] = self.on_gpu  # the run may have begun on another device
-        if len(state["latents"]) == len(self.generator.get_state()):  # ... whose generators do not fit here
-            self.generator.set_state(state["latents"])
+        saved = state.get("latents", state["generator"])  # they were one until there were recordings
+        if len(saved) == len(self.generator.get_state()):  # the generators of another device do not fit here
+            self.generator.set_state(saved)
 
 
 # --- the script ---------------------------------------------------------------------------------------------------------
@@ -546,10 +547,10 @@ def main() -> None:
         log = RunLog(out, [*columns, *evaluate.COLUMNS], step)
     signals = catch_signals()
 
-    def reported(name: str) -> dict[str, float]:  # the policy that acts now, on starts that no decision has seen
-        results = evaluate.rollout(
-            learner.acting, task, list(range(evaluate.REPORT_SEED, evaluate.REPORT_SEED + cfg.report_episodes))
-        )
+    def reported(name: str, **settings) -> dict[str, float]:  # the policy that acts now, on starts that no decision has seen
+        acting = copy.copy(learner.acting)
+        acting.config = dataclasses.replace(acting.config, **settings)
+        results = evaluate.rollout(acting, task, list(range(evaluate.REPORT_SEED, evaluate.REPORT_SEED + cfg.report_episodes)))
         return {f"{name}_{key}": round(float(results[key].mean()), 4) for key in ("score", "success", "return")}
 
     def wall() -> float:  # seconds of this run, earlier sessions included
@@ -651,7 +652,7 @@ def main() -> None:
             sys.exit(128 + signals[0])
     bar.close()
     env.close()
-    last_line = reported("last")
+    last_line = reported("last") | reported("alone", candidates=1, latent_scale=1.0)  # alone: one chunk, unseen by the critics
 
     # ---- final evaluation: starts that no decision has seen --------------------------------------------------------------
     for number in (signal.SIGINT, signal.SIGTERM):  # the training is saved: from here on they stop at once

@@ -90,6 +90,9 @@ def test_a_run_writes_what_its_docstring_says(whole):
         "last_score",
         "last_success",
         "last_return",
+        "alone_score",
+        "alone_success",
+        "alone_return",
     }
     assert set(line) == CONTRACT | extra
     assert (line["env"], line["nfe"], line["method"]) == ("pusht", 1, "dfp")
