@@ -2,6 +2,7 @@
 
     python benchmark/pointcloud.py                                     the eight tasks, two per group, that two cores can do
     python benchmark/pointcloud.py --tasks all --seeds 0 1 2           all 50 of Meta-World, unattended; wants a GPU
+    python benchmark/pointcloud.py --tasks all --steps 2000 --episodes 50 --jobs 15     seven minutes of an H200 and 16 cores
     python benchmark/pointcloud.py --tasks adroit --adroit PATH        PATH/adroit_<task>_expert.npz for door and pen
     python benchmark/pointcloud.py --print                             the table of what there is
 
