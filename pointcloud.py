@@ -39,8 +39,8 @@ def crop(points: np.ndarray, low: np.ndarray, high: np.ndarray, surface: float =
 
     surface: height of a table; what lies within 8 mm of it is left out, where a lower wall of the box would cut off a hole in it.
     """
-    kept = ((points[:, :3] >= low) & (points[:, :3] <= high)).all(-1) & ~(np.abs(points[:, 2] - surface) < 8e-3)
-    inside = np.flatnonzero(kept)
+    on_surface = (points[:, 2] > surface - 8e-3) & (points[:, 2] < surface + 8e-3)
+    inside = np.flatnonzero(((points[:, :3] >= low) & (points[:, :3] <= high)).all(-1) & ~on_surface)
     if len(inside) == 0:
         finite = points[np.isfinite(points[:, :3]).all(-1), :3]
         box = f"{np.asarray(low)} ... {np.asarray(high)} m"

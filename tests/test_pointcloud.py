@@ -48,6 +48,11 @@ def test_a_table_with_a_hole_goes_and_what_is_in_the_hole_stays():
     assert pointcloud.crop(points, [-1] * 3, [1] * 3, surface=0.05).tolist() == [0, 4]
 
 
+def test_a_crop_of_points_at_infinity_is_silent(recwarn):
+    points = np.array([[0.0, 0.0, -np.inf], [0.0, 0.0, np.inf], [0.0, 0.0, 0.5]])
+    assert pointcloud.crop(points, [-1] * 3, [1] * 3).tolist() == [2] and not recwarn.list
+
+
 def test_an_empty_crop_says_what_the_camera_saw():
     points = np.array([[0.0, 0.0, 2.0], [1.0, 0.5, 3.0]])
     assert pointcloud.crop(points, [-1, -1, 0], [2, 2, 2.5]).tolist() == [0]
