@@ -467,8 +467,7 @@ def main() -> None:
     # ---- seed -------------------------------------------------------------------------------------------------------
     seed_everything(cfg.seed)
     generator = torch.Generator().manual_seed(cfg.seed)  # minibatches and latents
-    on_gpu = device.type == "cuda"
-    latents = torch.Generator(device).manual_seed(cfg.seed) if on_gpu else generator  # of the updates: a GPU draws its own
+    latents = generator if device.type == "cpu" else torch.Generator(device).manual_seed(cfg.seed)  # of the updates
 
     # ---- data and environments --------------------------------------------------------------------------------------
     with plain_errors(2):

@@ -152,11 +152,12 @@ def main() -> None:
             rows[name] = {key: value.item() for key, value in row.items()}  # .item() waits for the device
             if k >= WARM_UP:
                 times[name].append((time.perf_counter() - began) * 1e3)
-        for name in rows if k == 0 else [name for name in rows if name == "unrecorded" and k < WARM_UP]:
-            for key, value in rows["ours"].items():
-                assert np.isclose(value, rows[name][key], rtol=1e-3, atol=1e-5), (k, name, key, value, rows[name][key])
+        for name in rows:
+            if k == 0 or (name == "unrecorded" and k < WARM_UP):  # the same steps; the recording's first ones, too
+                for key, value in rows["ours"].items():
+                    assert np.isclose(value, rows[name][key], rtol=1e-3, atol=1e-5), (k, name, key, value, rows[name][key])
     median = {name: round(float(np.median(values)), 2) for name, values in times.items()}
-    device = torch.cuda.get_device_name() if cfg.device != "cpu" else "cpu"
+    device = record.device_name(cfg.device)
     result = {"preset": cfg.preset, "device": device, "matmul": cfg.matmul, "threads": cfg.threads, "ms": median}
     result["times_faster"] = round(median["straightforward"] / median["ours"], 2)
     others = [row for row in found() if (row["preset"], row["device"], row.get("matmul")) != (cfg.preset, device, cfg.matmul)]

@@ -368,7 +368,7 @@ def main() -> None:
                 loss, place = released_loss(cfg.released)
             except ImportError as error:
                 place = f"not imported: {error}"
-        device = torch.cuda.get_device_name() if cfg.device != "cpu" else "cpu"
+        device = record.device_name(cfg.device)
         result = {**record.stamp(), "torch": torch.__version__, "threads": cfg.threads, "device": device, "released": place}
         result["acting"] = {preset: time_acting(preset, cfg) for preset in cfg.networks}
         result["training"] = {preset: time_training(preset, cfg, loss) for preset in cfg.training}

@@ -48,6 +48,11 @@ def stamp() -> dict:
     return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": machine()}
 
 
+def device_name(device: str) -> str:
+    """cpu, or what the GPU is called."""
+    return torch.cuda.get_device_name() if device != "cpu" else "cpu"
+
+
 def machine() -> str:
     """Processors, their model and generation, and how many of them share a core: an "AMD EPYC" alone may be any of ten years."""
     info = Path("/proc/cpuinfo")
@@ -59,5 +64,5 @@ def machine() -> str:
     family = f" (family {values['cpu family']})" if "cpu family" in values else ""
     siblings = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
     threads = "hyperthreads" if siblings.is_file() and siblings.read_text().strip() != "0" else "cores"
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    gpu = f", {device_name('cuda')}" if torch.cuda.is_available() else ""
     return f"{count} {threads}, {values['model name']}{family}{gpu}"
