@@ -41,6 +41,7 @@ Arrays = dict[str, np.ndarray]
 
 
 DATA = Path(__file__).parent / "data"
+RECORDED = "recorded/2"  # counted up when simulators show other things than before: older recordings would not fit them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -467,7 +468,7 @@ def load(
     if (source == "official" and task not in SOURCES) or (source == "embedded" and task not in SOURCES and record is None):
         raise ValueError(f"{task} has no {source} demonstrations; give --demos PATH")
     if source in ("embedded", "scripted"):
-        path = DATA / (SOURCES[task].embedded if task in SOURCES else f"recorded/{task}.npz")
+        path = DATA / (SOURCES[task].embedded if task in SOURCES else f"{RECORDED}/{task}.npz")
         path = path.with_stem(f"{path.stem}-{count}") if count else path
         if record is not None and not path.exists():
             print(f"recording demonstrations -> {path}", flush=True)
@@ -480,7 +481,7 @@ def load(
         path = Path(source).expanduser()
     if record_expert is not None and holds_policy(path):
         policy, digest = path, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        path = DATA / "recorded" / f"{task}-{policy.stem}-{digest}.npz"
+        path = DATA / RECORDED / f"{task}-{policy.stem}-{digest}.npz"
         if not path.exists():
             print(f"recording demonstrations with the policy {policy} -> {path}", flush=True)
             record_expert(path, policy)

@@ -8,7 +8,7 @@ are in requirements-simulators.txt, imported when they are first used; ImportErr
     state               (features,)        all that there is to know, positions in the simulator's units
     robot               (features,)        the robot's own sensors: what goes with a camera or a cloud
     image               (H, W, 3)          RGB, uint8
-    points              (points, 3)        xyz in the robot's frame, metres, cropped to the workspace
+    points              (points, 3)        xyz in the robot's frame, metres, of the workspace; Meta-World: without the robot
 """
 
 from __future__ import annotations
@@ -116,15 +116,39 @@ class Eye:
         self.renderer.update_scene(data, self.name, self.option)
         return self.renderer.render().copy()
 
-    def points(self, data, low: np.ndarray, high: np.ndarray, count: int, surface: float = -np.inf) -> np.ndarray:
-        """(count, 3) float32, metres in the world's frame, of what lies in the box; surface: see `crop`."""
+    def points(
+        self, data, low: np.ndarray, high: np.ndarray, count: int, surface: float = -np.inf, own: np.ndarray | None = None
+    ) -> np.ndarray:
+        """(count, 3) float32, metres in the world's frame, of what lies in the box; surface: see `crop`.
+
+        own: (shapes of the model,) bool, the robot's own ones, to be left out; what is behind them stays hidden.
+        """
         self.renderer.enable_depth_rendering()
         self.renderer.update_scene(data, self.name, self.option)
         pose = np.eye(4)  # camera -> world
         pose[:3, :3], pose[:3, 3] = data.camera(self.name).xmat.reshape(3, 3) * [1, -1, -1], data.camera(self.name).xpos
         points = depth_to_points(self.renderer.render(), self.camera, pose)
+        if own is not None:
+            shapes = self._shapes()
+            points[(shapes >= 0) & own[shapes]] = np.inf
         points = points[crop(points, low, high, surface)]
         return points[farthest_points(points, count)].astype(np.float32)
+
+    def _shapes(self) -> np.ndarray:
+        """(H*W,) which shape of the model each pixel of the depth just drawn shows, -1: none.
+
+        A Renderer draws depth with every shape in a colour of its own, and the colours are still there: no second drawing.
+        """
+        import mujoco
+
+        r, geom = self.renderer, int(mujoco.mjtObj.mjOBJ_GEOM)
+        colours = np.empty((r.height, r.width, 3), np.uint8)
+        mujoco.mjr_readPixels(colours, None, r._rect, r._mjr_context)  # rows from below; red is the number's lowest byte
+        shapes = np.full(r.scene.ngeom + 1, -1)  # of each number; 0 is the background
+        for drawn in r.scene.geoms[: r.scene.ngeom]:
+            if drawn.segid >= 0 and drawn.objtype == geom:
+                shapes[drawn.segid + 1] = drawn.objid
+        return shapes[np.flipud(colours).reshape(-1, 3) @ np.array([1, 256, 65536])]
 
 
 class Seen(gymnasium.Env):
@@ -134,6 +158,7 @@ class Seen(gymnasium.Env):
     render_mode = "rgb_array"
     observing = True  # see vector.Chunked
     eye: Eye | None = None  # made when something is drawn first
+    own: np.ndarray | None = None  # the robot's shapes, where clouds come without them: see Eye.points
 
     def _eye(self) -> Eye:
         self.eye = self.eye or Eye(self.sim.model, self.camera, self.SIZE, self.SIZE)
@@ -143,7 +168,7 @@ class Seen(gymnasium.Env):
         """robot: its own sensors; low, high: corners of the workspace, metres; surface: see `crop`."""
         if self.view == "image":
             return {"robot": robot, "image": self._eye().picture(self.sim.data)}
-        return {"robot": robot, "points": self._eye().points(self.sim.data, low, high, self.POINTS, surface)}
+        return {"robot": robot, "points": self._eye().points(self.sim.data, low, high, self.POINTS, surface, self.own)}
 
     def render(self) -> np.ndarray:
         return self._eye().picture(self.sim.data)
@@ -182,6 +207,7 @@ class MetaWorld(Seen):
 
     The goal is random and visible: as numbers in `state`, as the drawn marker in pictures and clouds. The camera stands where
     DP3's does and is turned to the middle of the workspace: DP3's does not see the goals of stick-pull, stick-push and sweep.
+    Clouds come without the arm, unlike DP3's: three quarters of their points were its own, and `robot` says where it is.
     Score and reward: 1 at success, which ends an episode; time limit 200 steps, as in DP3. An episode is a function of its seed.
     """
 
@@ -199,7 +225,9 @@ class MetaWorld(Seen):
         self.sim._freeze_rand_vec, self.sim.seeded_rand_vec, self.sim._set_task_called = False, True, True
         self.sim._partially_observable = False  # the goal is part of the observation
         self.sim.__dict__.pop("sawyer_observation_space", None)  # cached with the goal left out
-        aim(self.sim.model.camera("corner2"), at=(0.1, 0.65, 0.1), place=(0.6, 0.295, 0.8), fovy=50.0)
+        model = self.sim.model
+        self.own = (model.body_rootid == model.body("hand").rootid)[model.geom_bodyid]
+        aim(model.camera("corner2"), at=(0.1, 0.65, 0.1), place=(0.6, 0.295, 0.8), fovy=50.0)
         self.action_space = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
         self.observation_space = observation_space(metaworld_shapes(view))
 

@@ -196,6 +196,32 @@ def test_the_cloud_shows_the_object_and_the_goal_where_they_are():
 
 
 @needs_metaworld
+def test_clouds_come_without_the_robot_and_show_nothing_that_it_hides():
+    env = manipulation.MetaWorld("button-press", "points")
+    model, data, own = env.sim.model, env.sim.data, env.own
+    assert own[model.geom_bodyid == model.body("rightclaw").id].all()  # fingers, too
+    assert not own[model.geom_bodyid == model.body("button").id].any()
+    env.reset(seed=2)
+    eye = env._eye()
+
+    def cells(own):
+        points = eye.points(data, env.LOW, env.HIGH, 128 * 128, own=own)
+        return {tuple(cell) for cell in np.round(points * 1e6).astype(int)}
+
+    everything, without, robots = cells(None), cells(own), cells(~own)
+    assert everything == without | robots  # so nothing comes to light that the robot hides
+    assert 100 < len(without) < 0.6 * len(everything)
+    assert len(without & robots) < 30  # sites, which are no shapes: the goal's marker, and those on the fingers
+
+    shapes = eye._shapes()
+    eye.renderer.disable_depth_rendering()
+    eye.renderer.enable_segmentation_rendering()
+    numbers, kinds = eye.renderer.render().reshape(-1, 2).T  # MuJoCo's own answer, drawn once more
+    np.testing.assert_array_equal(shapes, np.where(kinds == 5, numbers, -1))  # 5: mjOBJ_GEOM
+    env.close()
+
+
+@needs_metaworld
 @pytest.mark.parametrize("task", ["stick-pull", "sweep", "hammer", "disassemble", *manipulation.HOLES])
 def test_the_goal_of_every_task_is_in_the_cloud(task):
     env = manipulation.MetaWorld(task, "points")
