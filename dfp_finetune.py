@@ -98,6 +98,7 @@ class Config:
     topk_weight: float = 0.5  # lambda; published: 0.5. Of the value's term where --method is gradient
     clone: Literal["all", "successes"] = "all"  # what L_BC clones; DEPARTS successes: only episodes in which the task ended
     latent_scale: float = 0.25  # std of the latents of proposals, and when acting; DEPARTS published: 1, see `Learner.latents`
+    explore: float = 0.0  # std of noise, one draw per chunk, on what is executed online and on proposals; DEPARTS above 0
     candidates: int = 8  # N', of acting and of the critic's target; published: 16, on RoboMimic 4
     old_rate: float = 1e-4  # pi_old follows the actor by so much per update; published: 1e-4
     target_rate: float = 5e-3  # the critic's slow copy, likewise; published: 0.005
@@ -148,7 +149,7 @@ METHODS = {
 TRAIN_SEED = 2_000_000  # first start of the training episodes
 LOG_EVERY = 200  # updates or environment steps between rows of metrics.csv
 FREE_ON_RESUME = {"resume", "out", "device", "compile"}  # what --resume may change
-ONLINE = {"online_steps", "start_after", "updates_per_step", "proposals", "positives", "topk_weight", "old_rate"}
+ONLINE = {"online_steps", "start_after", "updates_per_step", "proposals", "positives", "topk_weight", "old_rate", "explore"}
 ONLINE |= {"method", "eval_every", "save_every"}  # what it may change, too, as long as no online step was made
 
 
@@ -250,7 +251,18 @@ class Learner:
     def proposals(self, cond: Tensor) -> tuple[Tensor, Tensor]:
         """N chunks of pi_old (B, N, h, Da), and the critics' mean of each (B, N)."""
         chunks = self.old(self.latents(self.cfg.proposals, self.cfg.latent_scale), cond).clamp(-1, 1)
+        chunks = self.explored(chunks, self.generator) if self.cfg.explore else chunks
         return chunks, self.critic(cond, chunks).mean(0)
+
+    def explored(self, chunks: Tensor, generator: torch.Generator) -> Tensor:
+        """Chunks (..., h, Da), normalised actions, each moved by a draw that lasts for it, within the data's range.
+
+        DEPARTS with --explore above 0. Play has many ways to choose from; ten demonstrations of one expert have one: its samples
+        differ by less than the critics can tell, and who fails from a start fails from it again (README).
+        """
+        shape = (*chunks.shape[:-2], 1, chunks.shape[-1])
+        noise = torch.randn(shape, generator=generator, device=generator.device).to(chunks.device)
+        return (chunks + self.cfg.explore * noise).clamp(-1, 1)
 
     def update(
         self, online: bool, cond: Tensor, chunk: Tensor, returns: Tensor, alive: Tensor, next_cond: Tensor, succeeded: Tensor
@@ -324,7 +336,7 @@ def check(cfg: Config) -> None:
         (at_least_1, lambda x: x >= 1, "at least 1"),
         (("online_steps", "start_after", "threads", "seed", "critic_trunk"), lambda x: 0 <= x < 2**63, "a number from 0 on"),
         (("lr", "latent_scale", "updates_per_step"), lambda x: 0 < x < math.inf, "above 0"),
-        (("topk_weight",), lambda x: 0 <= x < math.inf, "a number from 0 on"),
+        (("topk_weight", "explore"), lambda x: 0 <= x < math.inf, "a number from 0 on"),
         (("gamma", "old_rate", "target_rate", "acting_rate"), lambda x: 0 <= x <= 1, "between 0 and 1"),
         (("candidates",), lambda x: x >= 2, "at least 2: the critic picks one of them"),
     ):
@@ -368,7 +380,12 @@ def offline_data(cfg: Config, task: envs.Task) -> tuple[demos.Demos, np.ndarray,
     success[data.episode_ends - 1] = True  # every demonstration ends with it
     if task.demo_success is not None:  # ... and some go on after it
         success |= task.demo_success(data.obs, data.episode_ends)
-    return data, success - 1.0, success
+    free = success
+    if task.reached is not None:  # by the step: the observation after it, the last of all that there is for an episode's last
+        after = np.arange(1, len(success) + 1)
+        after[data.episode_ends - 1] -= 1
+        free = success | task.reached(data.obs)[after]
+    return data, free - 1.0, success
 
 
 def make_policy(cfg: Config, task: envs.Task, data: demos.Demos) -> Policy:
@@ -483,7 +500,8 @@ def main() -> None:
         episodes = vector.Episodes(env, TRAIN_SEED, 1)
     if task.demo_rewards is None:
         sooner = " if it has not come sooner" if task.demo_success is not None else ""
-        print(f"rewards: -1 per step; the end of every demonstration is taken for its success{sooner}")
+        free = "" if task.reached is None else " away from the goal"
+        print(f"rewards: -1 per step{free}; the end of every demonstration is taken for its success{sooner}")
     if cfg.clone == "successes" and not terminated.any():
         raise UserError("--clone successes: the task succeeds nowhere in these data; there is nothing to clone")
     if not terminated.any():
@@ -594,7 +612,11 @@ def main() -> None:
             observation = {key: value.copy() for key, value in episodes.obs.items()}
             if deciding:
                 seen = {key: value[deciding] for key, value in observation.items()}
-                plans[deciding] = learner.acting.act(seen, generator=generator).cpu().numpy()
+                chosen = learner.acting.act(seen, generator=generator)
+                if cfg.explore:
+                    chosen = learner.explored(policy.normalize_action(chosen), generator)
+                    chosen = policy.normalize_action.inverse(chosen)
+                plans[deciding] = chosen.cpu().numpy()
             at = [len(mine) % cfg.horizon for mine in recorder.rows]
             acted = plans[np.arange(cfg.num_envs), at]  #                          (N, Da)
             try:
@@ -603,8 +625,10 @@ def main() -> None:
                 raise UserError(f"step {step:,}: {error}. {kept()}") from error
             if not np.isfinite(reward).all():
                 raise UserError(f"step {step:,}: the environment gave a reward that is not finite. {kept()}")
-            reward = reward if task.demo_rewards is not None else info["success"] - 1.0
-            before, after = (condition(policy, {key: value[:, 0] for key, value in obs.items()}) for obs in (observation, final))
+            then, now = ({key: value[:, 0] for key, value in obs.items()} for obs in (observation, final))
+            if task.demo_rewards is None:
+                reward = info["success"] - 1.0 if task.reached is None else (over | task.reached(now)) - 1.0
+            before, after = condition(policy, then), condition(policy, now)
             normalised = policy.normalize_action(torch.from_numpy(acted).to(device)).cpu().numpy()
             for i in range(cfg.num_envs):
                 recorder.note(i, before[i], normalised[i], float(reward[i]), bool(over[i]))

@@ -45,6 +45,9 @@ class Task:
     # Where neither holds, `sparse` is False.
     demo_rewards: Callable[[Arrays], tuple[np.ndarray, np.ndarray]] | None = None
     demo_success: Callable[[Arrays, np.ndarray], np.ndarray] | None = None
+    # Where success is a goal that is held for a while, observations -> at the goal: a step that leads there costs nothing. A
+    # price until success would depend on how long the goal has been held so far, which no observation tells.
+    reached: Callable[[Arrays], np.ndarray] | None = None
     sparse: bool = True
     shift: Callable[[dict, torch.Tensor], dict] | None = None  # the observation of a scene that stands elsewhere
     make_training: Callable[[int, int], object] | None = None  # the same for dbpo_finetune.py, where another is faster
@@ -166,6 +169,7 @@ def adroit_task(task: str, view: str) -> Task:
         demo_convert=partial(manipulation.adroit_demos, shapes=shapes, action_dim=actions),
         demo_expert=partial(manipulation.record_adroit, task=task, view=view),
         demo_success=partial(manipulation.adroit_success, task=task) if task in manipulation.ADROIT_REACHED else None,
+        reached=partial(manipulation.adroit_reached, task=task) if task in manipulation.ADROIT_REACHED else None,
         train={"obs_steps": 2, "horizon": 4, "action_steps": 3, "batch_size": 64, "steps": 3_000, "eval_every": 1_500}
         | {"latent_scale": 0.2, "eval_episodes": 20, "report_episodes": 20}
         | ({"point_widths": (32, 64, 128)} if view == "points" else {}),

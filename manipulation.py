@@ -424,10 +424,14 @@ ADROIT_REACHED: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # states (N, 
 }
 
 
+def adroit_reached(obs: Arrays, task: str) -> np.ndarray:
+    """Observations (N, ...) -> the goal is reached (N,) bool."""
+    return ADROIT_REACHED[task](obs["state"])
+
+
 def adroit_success(obs: Arrays, episode_ends: np.ndarray, task: str) -> np.ndarray:
     """Where an episode had succeeded before the step, (N,) bool: demonstrations go on after that. Hammer's states do not tell."""
-    reached = ADROIT_REACHED[task](obs["state"])
-    counts = [np.cumsum(part) for part in np.split(reached, episode_ends[:-1])]
+    counts = [np.cumsum(part) for part in np.split(adroit_reached(obs, task), episode_ends[:-1])]
     return np.concatenate(counts) >= ADROIT[task].hold
 
 

@@ -1,13 +1,15 @@
 """The off-policy table and curves of README: every row is a `dfp_finetune.py` command, run here.
 
     python benchmark/dfp.py --only cube-single-task2     one group, 2 seeds, about 40 minutes each on one core
+    python benchmark/dfp.py --only adroit-pen --adroit PATH --seeds 0 1 2     with PATH/adroit_pen_expert.npz; 35 minutes each
     python benchmark/dfp.py --print                      the tables of what there is, and the picture
 
 The offline success is that of the policy at the end of the offline phase, then come the best evaluation's policy and the last
 one, and what the last one does alone, with the one chunk of one latent of std 1, without the critics' choice, all over 100 starts
 that no choice has seen (seeds 100,000 on); the return is the environment's: of a cube minus the steps
 until success, of Push-T 1 for success and a tenth of the coverage gained. The cubes have 200 episodes of play (200,000 steps) of
-OGBench's own oracle, recorded here, Push-T the embedded demonstrations. The rivals and the numbers K are compared on task 1.
+OGBench's own oracle, recorded here, Push-T the embedded demonstrations, Adroit's pen ten successes of a published expert. The
+rivals and the numbers K are compared on task 1.
 Groups of one task that differ online alone share their offline phase. Lines go to benchmark/results/dfp.jsonl with the
 evaluations of the training, (step, seconds, success, train success, return); a line that is there is not run again, a run that
 was cut is resumed.
@@ -37,13 +39,16 @@ COMPARED = "cube-single-task1"  # with its rivals and other numbers K; its own i
 OF_RIVALS = {rival: f"{COMPARED}, {rival}" for rival in RIVALS}
 OF_K = {k: COMPARED if k == 4 else f"{COMPARED}, K = {k}" for k in PUBLISHED_K}
 OFFLINE, ONLINE = 20_000, 20_000  # updates, then environment steps
-STEPS = ["--offline-steps", str(OFFLINE), "--eval-every", "10000", "--report-episodes", "100"]
+STEPS = ["--offline-steps", str(OFFLINE), "--online-steps", str(ONLINE), "--eval-every", "10000", "--report-episodes", "100"]
+PEN = ["--offline-steps", "5000", "--online-steps", "120000", "--start-after", "10000", "--eval-episodes", "50"]
+PEN += ["--num-envs", "16", "--updates-per-step", "0.1", "--clone", "successes", "--latent-scale", "0.5", "--explore", "0.2"]
 GROUPS = {  # name: (task, flags of dfp_finetune.py)
     COMPARED: (COMPARED, []),
     **{group: (COMPARED, ["--method", rival]) for rival, group in OF_RIVALS.items()},
     **{group: (COMPARED, ["--positives", str(k)]) for k, group in OF_K.items() if k != 4},
     **{f"cube-single-task{k}": (f"cube-single-task{k}", []) for k in range(2, 6)},
     "pusht": ("pusht", []),
+    "adroit-pen": ("adroit-pen", PEN),
 }
 
 
@@ -51,6 +56,7 @@ GROUPS = {  # name: (task, flags of dfp_finetune.py)
 class Config:
     only: tuple[str, ...] = ()  # groups to run; empty: all
     seeds: tuple[int, ...] = (0, 1)  # training seeds
+    adroit: str = ""  # folder of the published experts' npz files
     print: bool = False  # print the tables and draw the picture of what there is, run nothing
 
 
@@ -125,10 +131,11 @@ def draw(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained", squeeze=False)
     for ax, (title, (value, groups)) in zip(axes[0], panels.items(), strict=True):
         for number, (group, label) in enumerate(groups.items()):
-            curves = [[point for point in row["curve"] if point[0] >= OFFLINE] for row in rows if row["group"] == group]
+            mine = [(row["offline_steps"], row["curve"]) for row in rows if row["group"] == group]
+            curves = [[point for point in curve if point[0] >= offline] for offline, curve in mine]
             if not curves:
                 continue
-            x = (np.array([point[0] for point in curves[0]]) - OFFLINE) / 1e3
+            x = (np.array([point[0] for point in curves[0]]) - mine[0][0]) / 1e3
             y = np.array([[point[value] for point in curve] for curve in curves])
             ax.plot(x, y.mean(0), "o-", ms=3, color=f"C{number}", label=f"{label} ({len(curves)})")
             ax.fill_between(x, y.min(0), y.max(0), color=f"C{number}", alpha=0.12)
@@ -145,17 +152,22 @@ def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     for group in cfg.only:
         record.check_known(group, GROUPS)
+        if group == "adroit-pen" and not cfg.adroit and not cfg.print:
+            sys.exit("--only adroit-pen needs --adroit, the folder of the published experts' npz files")
     done = {(row["group"], row["train_seed"]) for row in record.read(RESULTS)}
-    jobs = [(g, s) for g in cfg.only or GROUPS for s in cfg.seeds if (g, s) not in done]
+    groups = cfg.only or [group for group in GROUPS if group != "adroit-pen" or cfg.adroit]
+    jobs = [(g, s) for g in groups for s in cfg.seeds if (g, s) not in done]
     for group, seed in [] if cfg.print else jobs:
         task, flags = GROUPS[group]
         out = RUNS / f"dfp-{group.replace(', ', '-').replace(' = ', '')}-{seed}"
         common = ["--env", task, "--seed", str(seed), *STEPS]
-        if "gradient" not in flags and not out.exists():  # the others differ online alone: one offline phase serves them all
+        if group == "adroit-pen":
+            flags = [*flags, "--demos", f"{cfg.adroit}/adroit_pen_expert.npz"]
+        elif "gradient" not in flags and not out.exists():  # the others differ online alone: one offline phase serves them all
             offline = RUNS / f"dfp-{task}-offline{OFFLINE}-{seed}"
             record.run("dfp_finetune.py", offline, [*common, "--online-steps", "0"])
             shutil.copytree(offline, out, ignore=shutil.ignore_patterns("result.json", "rollout.gif"))
-        line = record.run("dfp_finetune.py", out, [*common, "--online-steps", str(ONLINE), *flags])
+        line = record.run("dfp_finetune.py", out, [*common, *flags])
         record.append(RESULTS, {"group": group, "train_seed": seed}, {**line, "curve": curve(out)})
     rows = record.read(RESULTS)
     print(table(rows) + "\n\n" + table_of_k(rows))

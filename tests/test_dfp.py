@@ -28,6 +28,19 @@ def test_published_rewards_of_another_kind_give_way_to_success(tmp_path):
     assert np.flatnonzero(ends).tolist() == [4, 11] and rewards.tolist() == (ends - 1.0).tolist()
 
 
+def test_steps_to_a_goal_that_has_to_be_held_cost_nothing(tmp_path):
+    states = np.zeros((50, 39), np.float32)
+    states[6:40, 28] = 1.4  # the door's hinge: open in these steps of the first episode, held long enough from the 25th on
+    states[45:48, 28] = 1.4  # and for a moment in the second one, whose end is taken for its success
+    ends = np.array([40, 50])
+    np.savez(tmp_path / "door.npz", state=states, action=np.zeros((50, 28), np.float32), episode_ends=ends)
+    cfg = dfp_finetune.Config(env="adroit-door", demos=str(tmp_path / "door.npz"))
+    _, rewards, success = dfp_finetune.offline_data(cfg, envs.get_task("adroit-door"))
+    assert np.flatnonzero(success).tolist() == [*range(30, 40), 49]
+    assert np.flatnonzero(rewards == 0).tolist() == [*range(5, 40), 44, 45, 46, 49]  # a step counts for what it leads to
+    assert set(rewards) == {0, -1}
+
+
 def test_several_environments_can_share_an_update():
     cfg = dfp_finetune.Config(num_envs=3, updates_per_step=0.25, start_after=12)
     due = [dfp_finetune.updates_due(steps, cfg) for steps in range(3, 100, 3)]
@@ -177,3 +190,19 @@ def test_slow_copies_follow_and_keep_no_graph_of_the_steps_behind_them():
     slow = [*learner.acting.parameters(), *learner.old.parameters(), *learner.target_critic.parameters()]
     assert all(p.grad_fn is None for p in slow)  # once they grew with every step: 54 KB of the preset fast
     assert any(not torch.equal(a, b) for a, b in zip(before, learner.acting.parameters(), strict=True))
+
+
+def test_exploring_moves_each_chunk_as_a_whole_and_stays_in_the_data_s_range():
+    cfg = dfp_finetune.Config(batch_size=4, horizon=2, hypotheses=2, proposals=64, positives=2, candidates=4, explore=0.2)
+    generator = torch.Generator().manual_seed(0)
+    learner = dfp_finetune.Learner(policy_with_critic(), cfg, generator)
+    moved = learner.explored(torch.zeros(1000, 2, 3), generator)
+    assert torch.equal(moved[:, 0], moved[:, 1])  # one draw for the chunk, one for each number of the action
+    assert moved[:, 0].std() == pytest.approx(0.2, rel=0.05) and moved.abs().mean() > 0
+    assert learner.explored(torch.ones(9, 2, 3), generator).max() == 1
+    cond = torch.randn(4, 3)
+    explored, value = learner.proposals(cond)
+    assert torch.equal(value, learner.critic(cond, explored).mean(0))  # ranked as they are, noise included
+    learner.cfg = dfp_finetune.Config(**{**cfg.__dict__, "explore": 0.0})
+    plain, _ = learner.proposals(cond)
+    assert explored.std(1).mean() > plain.std(1).mean()

@@ -153,9 +153,10 @@ def test_one_offline_phase_may_be_continued_in_several_ways(whole, work, pusht_n
         with pytest.raises(SystemExit) as left:
             run_main(main)
         assert left.value.code == 2 and words in capsys.readouterr().err
-    done = run(*improve(pusht_npz, out="other", positives=1, online_steps=15), "--resume", cwd=work)
+    done = run(*improve(pusht_npz, out="other", positives=1, explore=0.3, online_steps=15), "--resume", cwd=work)
     assert done.returncode == 0, done.stderr
-    assert json.loads((work / "other" / "config.json").read_text())["positives"] == 1
+    config = json.loads((work / "other" / "config.json").read_text())
+    assert config["positives"] == 1 and config["explore"] == 0.3
 
 
 @pytest.mark.parametrize("method", ["best-of-n", "random-k", "gradient"])
