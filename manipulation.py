@@ -207,7 +207,7 @@ class MetaWorld(Seen):
 
     The goal is random and visible: as numbers in `state`, as the drawn marker in pictures and clouds. The camera stands where
     DP3's does and is turned to the middle of the workspace: DP3's does not see the goals of stick-pull, stick-push and sweep.
-    Clouds come without the arm, unlike DP3's: three quarters of their points were its own, and `robot` says where it is.
+    DEPARTS clouds come without the arm, DP3's with it: three quarters of their points were its own, and `robot` says where it is.
     Score and reward: 1 at success, which ends an episode; time limit 200 steps, as in DP3. An episode is a function of its seed.
     """
 
