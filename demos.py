@@ -435,6 +435,12 @@ READERS: dict[str, Callable[[Path, Sequence[str]], tuple[Arrays, np.ndarray]]] =
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
+def embedded(task: str, count: str = "") -> Path:
+    """The file of a task's own demonstrations, there or not yet; count: episodes, where somebody asked for so many."""
+    path = DATA / (SOURCES[task].embedded if task in SOURCES else f"{RECORDED}/{task}.npz")
+    return path.with_stem(f"{path.stem}-{count}") if count else path
+
+
 def load(
     source: str,
     task: str,
@@ -468,8 +474,7 @@ def load(
     if (source == "official" and task not in SOURCES) or (source == "embedded" and task not in SOURCES and record is None):
         raise ValueError(f"{task} has no {source} demonstrations; give --demos PATH")
     if source in ("embedded", "scripted"):
-        path = DATA / (SOURCES[task].embedded if task in SOURCES else f"{RECORDED}/{task}.npz")
-        path = path.with_stem(f"{path.stem}-{count}") if count else path
+        path = embedded(task, count)
         if record is not None and not path.exists():
             print(f"recording demonstrations -> {path}", flush=True)
             record(path, episodes=int(count)) if count else record(path)

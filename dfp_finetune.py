@@ -627,7 +627,8 @@ def main() -> None:
                 raise UserError(f"step {step:,}: the environment gave a reward that is not finite. {kept()}")
             then, now = ({key: value[:, 0] for key, value in obs.items()} for obs in (observation, final))
             if task.demo_rewards is None:
-                reward = info["success"] - 1.0 if task.reached is None else (over | task.reached(now)) - 1.0
+                free = info["success"] > 0 if task.reached is None else over | task.reached(now)
+                reward = free - 1.0
             before, after = condition(policy, then), condition(policy, now)
             normalised = policy.normalize_action(torch.from_numpy(acted).to(device)).cpu().numpy()
             for i in range(cfg.num_envs):

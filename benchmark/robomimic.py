@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results" / "robomimic.jsonl"
 EXPERTS = ROOT / "benchmark" / "results" / "robomimic_experts.jsonl"
 sys.path.insert(0, str(ROOT))
+import demos
 import scripted
 from robomimic_tasks import Robosuite
 
@@ -76,7 +77,7 @@ def main() -> None:
     for task, seed in [] if cfg.print else [(t, s) for s in cfg.seeds for t in cfg.tasks if (t, s) not in done]:
         flags = ["--env", task, "--demos", "scripted", "--seed", str(seed)]
         line = record.run("dbp_train.py", ROOT / "runs" / "benchmark" / f"{task}-{seed}", flags)
-        with np.load(ROOT / "data" / "recorded" / f"{task}.npz", allow_pickle=False) as file:
+        with np.load(demos.embedded(task), allow_pickle=False) as file:
             extra = {"demos": len(file["episode_ends"]), "attempts": int(file["attempts"])}
         record.append(RESULTS, {"task": task, "train_seed": seed}, {**line, **extra})
     print(table(record.read(RESULTS)) + "\n")

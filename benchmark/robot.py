@@ -138,7 +138,7 @@ def main() -> None:
     for task, seed in [] if cfg.print else [(t, s) for s in cfg.seeds for t in cfg.train if (t, s) not in done]:
         flags = ["--env", f"ur5-{task}", "--demos", "scripted:100", "--seed", str(seed)]
         line = record.run("dbp_train.py", ROOT / "runs" / "benchmark" / f"ur5-{task}-{seed}", flags)
-        with np.load(demos.DATA / demos.RECORDED / f"ur5-{task}-100.npz", allow_pickle=False) as file:
+        with np.load(demos.embedded(f"ur5-{task}", "100"), allow_pickle=False) as file:
             extra = {"demos": len(file["episode_ends"]), "attempts": int(file["attempts"])}
         record.append(RESULTS, {"what": "training", "task": task, "train_seed": seed}, {**line, **extra})
     if not (cfg.print or cfg.experts or cfg.train):
