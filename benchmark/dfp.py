@@ -9,7 +9,7 @@ one, and what the last one does alone, with the one chunk of one latent of std 1
 that no choice has seen (seeds 100,000 on); the return is the environment's: of a cube minus the steps
 until success, of Push-T 1 for success and a tenth of the coverage gained, of the pen 1 for success. The cubes have 200 episodes
 of play (200,000 steps) of OGBench's own oracle, recorded here, Push-T the embedded demonstrations, Adroit's pen ten successes of
-a published expert. The rivals and the numbers K are compared on task 1.
+a published expert. The rivals and the numbers K are compared on task 1, the former on the pen, too.
 Groups of one task that differ online alone share their offline phase. Lines go to benchmark/results/dfp.jsonl with the
 evaluations of the training, (step, seconds, success, train success, return); a line that is there is not run again, a run that
 was cut is resumed.
@@ -49,7 +49,9 @@ GROUPS = {  # name: (task, flags of dfp_finetune.py)
     **{f"cube-single-task{k}": (f"cube-single-task{k}", []) for k in range(2, 6)},
     "pusht": ("pusht", []),
     "adroit-pen": ("adroit-pen", PEN),
+    **{f"adroit-pen, {rival}": ("adroit-pen", [*PEN, "--method", rival]) for rival in ("best-of-n", "random-k")},
 }
+OF_PEN = {group: group.removeprefix("adroit-pen, ") for group, (task, _) in GROUPS.items() if task == "adroit-pen"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +127,7 @@ def draw(rows: list[dict], path: Path) -> None:
         "from data to practice": (2, {task: task for task in GROUPS if ", " not in task}),
         f"{COMPARED}: rivals": (4, {COMPARED: "DFP", **{group: rival for rival, group in OF_RIVALS.items()}}),
         f"{COMPARED}: K of 16": (4, {group: f"K = {k}" for k, group in OF_K.items()}),
+        "adroit-pen: rivals": (2, OF_PEN | {"adroit-pen": "DFP"}),
     }
     run = {row["group"] for row in rows}
     panels = {title: (value, groups) for title, (value, groups) in panels.items() if run & set(groups)}
@@ -152,16 +155,16 @@ def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     for group in cfg.only:
         record.check_known(group, GROUPS)
-        if group == "adroit-pen" and not cfg.adroit and not cfg.print:
-            sys.exit("--only adroit-pen needs --adroit, the folder of the published experts' npz files")
+        if group in OF_PEN and not cfg.adroit and not cfg.print:
+            sys.exit(f"--only {group!r} needs --adroit, the folder of the published experts' npz files")
     done = {(row["group"], row["train_seed"]) for row in record.read(RESULTS)}
-    groups = cfg.only or [group for group in GROUPS if group != "adroit-pen" or cfg.adroit]
+    groups = cfg.only or [group for group in GROUPS if group not in OF_PEN or cfg.adroit]
     jobs = [(g, s) for g in groups for s in cfg.seeds if (g, s) not in done]
     for group, seed in [] if cfg.print else jobs:
         task, flags = GROUPS[group]
         out = RUNS / f"dfp-{group.replace(', ', '-').replace(' = ', '')}-{seed}"
         common = ["--env", task, "--seed", str(seed), *STEPS]
-        if group == "adroit-pen":
+        if group in OF_PEN:
             flags = [*flags, "--demos", f"{cfg.adroit}/adroit_pen_expert.npz"]
         elif "gradient" not in flags and not out.exists():  # the others differ online alone: one offline phase serves them all
             offline = RUNS / f"dfp-{task}-offline{OFFLINE}-{seed}"

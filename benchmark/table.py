@@ -65,6 +65,10 @@ def only_group(row: dict) -> str:
     return f' --only "{row["group"]}"' if " " in row["group"] else f" --only {row['group']}"
 
 
+def only_dfp(row: dict) -> str:
+    return only_group(row) + (" --adroit PATH" if row["env"].startswith("adroit") else "")
+
+
 def only_points(row: dict) -> str:
     suite, name = row["task"].split("-", 1)
     own = f" --steps {row['steps']} --episodes {row['episodes']}" if "steps" in row else ""
@@ -97,7 +101,7 @@ TABLES: dict[str, Table] = {
         ("rival", "env"),
         lambda: ppo_rivals.table(record.read(ppo_rivals.RESULTS), record.read(dbpo.RESULTS)),
     ),
-    "dfp": of_rows(dfp, "benchmark/dfp.py", "group", only=only_group),
+    "dfp": of_rows(dfp, "benchmark/dfp.py", "group", only=only_dfp),
     "dfp-k": Table(
         dfp.RESULTS.name,
         "benchmark/dfp.py",
