@@ -449,7 +449,10 @@ def plot_curves(log: RunLog, task: envs.Task, offline_steps: int, path: Path) ->
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    axes[0].plot(*log.column("episode_success"), color="tab:gray", label="training episodes, success")
+    steps, share = (np.array(values) for values in log.column("episode_success"))
+    parts = [part for part in np.array_split(np.arange(len(steps)), 20) if len(part)]  # a row holds few episodes: 0 or 1
+    means = ([values[part].mean() for part in parts] for values in (steps, share))
+    axes[0].plot(*means, ".-", color="tab:gray", label="training episodes, success")
     axes[0].plot(*log.column("success_rate"), "o-", label="evaluation, success")
     if log.column("score")[1] != log.column("success_rate")[1]:
         axes[0].plot(*log.column("score"), "o-", label=f"evaluation, score: {task.score}")
