@@ -9,7 +9,7 @@ one, and what the last one does alone, with the one chunk of one latent of std 1
 that no choice has seen (seeds 100,000 on); the return is the environment's: of a cube minus the steps
 until success, of Push-T 1 for success and a tenth of the coverage gained, of the pen 1 for success. The cubes have 200 episodes
 of play (200,000 steps) of OGBench's own oracle, recorded here, Push-T the embedded demonstrations, Adroit's pen ten successes of
-a published expert. The rivals and the numbers K are compared on task 1, the former on the pen, too.
+a published expert. The rivals and the numbers K are compared on task 1, two of the rivals on the pen, too.
 Groups of one task that differ online alone share their offline phase. Lines go to benchmark/results/dfp.jsonl with the
 evaluations of the training, (step, seconds, success, train success, return); a line that is there is not run again, a run that
 was cut is resumed.
