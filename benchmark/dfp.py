@@ -38,6 +38,7 @@ PUBLISHED_K = {1: (99.7, 85.8), 2: (100.0, 91.9), 4: (99.7, 95.6), 8: (99.8, 92.
 COMPARED = "cube-single-task1"  # with its rivals and other numbers K; its own is 4
 OF_RIVALS = {rival: f"{COMPARED}, {rival}" for rival in RIVALS}
 OF_K = {k: COMPARED if k == 4 else f"{COMPARED}, K = {k}" for k in PUBLISHED_K}
+OF_PEN = {"adroit-pen": "DFP", **{f"adroit-pen, {rival}": rival for rival in ("best-of-n", "random-k")}}
 OFFLINE, ONLINE = 20_000, 20_000  # updates, then environment steps
 STEPS = ["--offline-steps", str(OFFLINE), "--online-steps", str(ONLINE), "--eval-every", "10000", "--report-episodes", "100"]
 PEN = ["--offline-steps", "5000", "--online-steps", "120000", "--start-after", "10000", "--eval-episodes", "50"]
@@ -48,10 +49,8 @@ GROUPS = {  # name: (task, flags of dfp_finetune.py)
     **{group: (COMPARED, ["--positives", str(k)]) for k, group in OF_K.items() if k != 4},
     **{f"cube-single-task{k}": (f"cube-single-task{k}", []) for k in range(2, 6)},
     "pusht": ("pusht", []),
-    "adroit-pen": ("adroit-pen", PEN),
-    **{f"adroit-pen, {rival}": ("adroit-pen", [*PEN, "--method", rival]) for rival in ("best-of-n", "random-k")},
+    **{group: ("adroit-pen", [*PEN, "--method", method.lower()]) for group, method in OF_PEN.items()},
 }
-OF_PEN = {group: group.removeprefix("adroit-pen, ") for group, (task, _) in GROUPS.items() if task == "adroit-pen"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +126,7 @@ def draw(rows: list[dict], path: Path) -> None:
         "from data to practice": (2, {task: task for task in GROUPS if ", " not in task}),
         f"{COMPARED}: rivals": (4, {COMPARED: "DFP", **{group: rival for rival, group in OF_RIVALS.items()}}),
         f"{COMPARED}: K of 16": (4, {group: f"K = {k}" for k, group in OF_K.items()}),
-        "adroit-pen: rivals": (2, OF_PEN | {"adroit-pen": "DFP"}),
+        "adroit-pen: rivals": (2, OF_PEN),
     }
     run = {row["group"] for row in rows}
     panels = {title: (value, groups) for title, (value, groups) in panels.items() if run & set(groups)}
