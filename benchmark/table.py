@@ -72,7 +72,8 @@ def only_dfp(row: dict) -> str:
 def only_points(row: dict) -> str:
     suite, name = row["task"].split("-", 1)
     own = f" --steps {row['steps']} --episodes {row['episodes']}" if "steps" in row else ""
-    return f" --tasks {name}{own}" if suite == "metaworld" else " --tasks adroit --adroit PATH"
+    own += "" if pointcloud.is_ours(row) else f" --protocol {row['protocol']}"
+    return f" --tasks {name}{own}" if suite == "metaworld" else f" --tasks adroit --adroit PATH{own}"
 
 
 def of_json(script, command: str, table: Callable[[dict], str]) -> Table:
@@ -112,7 +113,15 @@ TABLES: dict[str, Table] = {
     ),
     "dfp-speed": of_json(dfp_speed, "benchmark/dfp_speed.py", dfp_speed.table),
     "env-speed": of_json(env_speed, "benchmark/env_speed.py", env_speed.table),
-    "pointcloud": of_rows(pointcloud, "benchmark/pointcloud.py", "task", only=only_points),
+    "pointcloud": of_rows(pointcloud, "benchmark/pointcloud.py", "task", only=only_points, keep=pointcloud.is_ours),
+    "pointcloud-papers": Table(
+        pointcloud.RESULTS.name,
+        "benchmark/pointcloud.py",
+        ("task",),
+        lambda: pointcloud.table_of_papers(record.read(pointcloud.RESULTS)),
+        lambda row: not pointcloud.is_ours(row),
+        only_points,
+    ),
     "robomimic": of_rows(robomimic, "benchmark/robomimic.py", "task", only=lambda row: f" --tasks {row['task']}"),
     "blockpush": of_rows(blockpush, "benchmark/blockpush.py", "who"),
     "robot-times": Table(
