@@ -211,7 +211,7 @@ class Learner:
     `step[online](*batch)` makes one update; on a GPU it replays a recording of `update`: hundreds of small kernels, one launch.
 
     `acting` is the policy that collects, is evaluated and saved. DEPARTS: it is not the newest one but an average of the actor,
-    as in stage 1, that chooses by Qbar. One step can cost the newest policy a sixth of its successes (README).
+    as in stage 1, that chooses by Qbar. One step can cost the newest policy a sixth of its successes (benchmark/trials.md).
     """
 
     def __init__(self, policy: Policy, cfg: Config, generator: torch.Generator):
@@ -237,7 +237,7 @@ class Learner:
         """(B, number, h, Da), with std `scale`: 1 for the samples that are trained and for the critics' target.
 
         DEPARTS from 1 for proposals and when acting: the rare samples far from all data are those of which the critics know
-        least, and the more candidates there are, the surer the best of them is one of these (README). In the target they stay:
+        least, and the more candidates there are, the surer the best of them is one of these (trials). In the target they stay:
         near the middle of the samples the best of them is what the data do, and play does nothing that it values.
         """
         shape = (self.cfg.batch_size, number, *self.shape)
@@ -258,7 +258,7 @@ class Learner:
         """Chunks (..., h, Da), normalised actions, each moved by a draw that lasts for it, within the data's range.
 
         DEPARTS with --explore above 0. Play has many ways to choose from; ten demonstrations of one expert have one: its samples
-        differ by less than the critics can tell, and who fails from a start fails from it again (README).
+        differ by less than the critics can tell, and who fails from a start fails from it again (benchmark/trials.md).
         """
         shape = (*chunks.shape[:-2], 1, chunks.shape[-1])
         noise = torch.randn(shape, generator=generator, device=generator.device).to(chunks.device)

@@ -81,7 +81,7 @@ def get_task(name: str) -> Task:
 
 
 # Training and fine-tuning of each body. A decision of Hopper lasts for 4 steps, as in the papers; a cheetah's stride is no longer
-# than that and needs an eye on every step (README).
+# than that and needs an eye on every step (benchmark/trials.md).
 LOCOMOTION = {
     "hopper": ({"action_steps": 4, "cond_width": 256}, {}),
     "walker2d": (
