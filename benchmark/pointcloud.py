@@ -75,9 +75,7 @@ def table(rows: list[dict]) -> str:
         weights = list(IN_PAPER.values())
         ours, theirs = (np.average(x, weights=weights) for x in ([np.mean(x) for x in each], list(PUBLISHED.values())))
         lines.append(f"| Meta-World, each task alike | {sum(map(len, each))} | {np.mean(np.concatenate(each)):.1f} | - |")
-        lines.append(
-            f"| Meta-World, weighted as the paper | {' : '.join(map(str, weights))} | {ours:.1f} | {theirs:.1f} |"
-        )
+        lines.append(f"| Meta-World, weighted as the paper | {' : '.join(map(str, weights))} | {ours:.1f} | {theirs:.1f} |")
     return "\n".join(lines)
 
 
