@@ -35,12 +35,13 @@ from manipulation import METAWORLD
 
 PUBLISHED = {"easy": 91.7, "medium": 90.3, "hard": 75.2, "very hard": 86.7}  # DBP in its paper, averages in %
 IN_PAPER = {"easy": 21, "medium": 4, "hard": 4, "very hard": 5}  # how many tasks of each group these are averages of
+ADROIT = ["adroit-door", "adroit-pen"]
 EIGHT = ["button-press", "reach-wall", "basketball", "hammer", "assembly", "push", "disassemble", "stick-pull"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    tasks: tuple[str, ...] = ("eight",)  # names of Meta-World's tasks, or eight, all, adroit
+    tasks: tuple[str, ...] = ("eight",)  # names of Meta-World's tasks, adroit-door, adroit-pen, or eight, all, adroit
     seeds: tuple[int, ...] = (0,)  # training seeds
     episodes: int = 100  # of the final evaluation; the papers have 20
     adroit: str = ""  # folder of the published experts' npz files
@@ -61,7 +62,7 @@ def table(rows: list[dict]) -> str:
         scores.setdefault(row["task"], []).append(100 * row["score"])
     lines = ["| group | task: success % (seeds) | average | published |", "|---|---|---|---|"]
     averages: dict[str, list[float]] = {}
-    for group, names in {**METAWORLD, "Adroit": ["adroit-door", "adroit-pen"]}.items():
+    for group, names in {**METAWORLD, "Adroit": ADROIT}.items():
         names = [name if group == "Adroit" else f"metaworld-{name}" for name in names]
         done = {name: scores[name] for name in names if name in scores}
         averages[group] = [np.mean(s) for s in done.values()]
@@ -105,13 +106,14 @@ def run(task: str, seed: int, cfg: Config) -> dict:
 
 def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
-    if "adroit" in cfg.tasks and not cfg.adroit and not cfg.print:
-        sys.exit("--tasks adroit needs --adroit, the folder of the published experts' npz files")
     every = [name for group in METAWORLD.values() for name in group]
+    words = {"eight": EIGHT, "all": every, "adroit": ADROIT, **{name: [name] for name in every + ADROIT}}
     for word in cfg.tasks:
-        record.check_known(word, ["eight", "all", "adroit", *every], "--tasks")
-    names = [name for word in cfg.tasks for name in {"eight": EIGHT, "all": every, "adroit": []}.get(word, [word])]
-    tasks = [f"metaworld-{name}" for name in names] + (["adroit-door", "adroit-pen"] if "adroit" in cfg.tasks else [])
+        record.check_known(word, words, "--tasks")
+    names = [name for word in cfg.tasks for name in words[word]]
+    tasks = [name if name in ADROIT else f"metaworld-{name}" for name in names]
+    if set(tasks) & set(ADROIT) and not cfg.adroit and not cfg.print:
+        sys.exit(f"--tasks {' '.join(cfg.tasks)} needs --adroit, the folder of the published experts' npz files")
     own = ({"steps": cfg.steps} if cfg.steps else {}) | ({} if cfg.protocol == "ours" else {"protocol": cfg.protocol})
     done = {(row["task"], row["train_seed"]) for row in record.read(RESULTS) if is_ours(row) == is_ours(own)}
     jobs = [] if cfg.print else [(task, seed) for seed in cfg.seeds for task in tasks if (task, seed) not in done]

@@ -73,7 +73,7 @@ def only_points(row: dict) -> str:
     suite, name = row["task"].split("-", 1)
     own = f" --steps {row['steps']} --episodes {row['episodes']}" if "steps" in row else ""
     own += "" if pointcloud.is_ours(row) else f" --protocol {row['protocol']}"
-    return f" --tasks {name}{own}" if suite == "metaworld" else f" --tasks adroit --adroit PATH{own}"
+    return f" --tasks {name}{own}" if suite == "metaworld" else f" --tasks {row['task']} --adroit PATH{own}"
 
 
 def of_json(script, command: str, table: Callable[[dict], str]) -> Table:
