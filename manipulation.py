@@ -121,17 +121,20 @@ class Eye:
     ) -> np.ndarray:
         """(count, 3) float32, metres in the world's frame, of what lies in the box; surface: see `crop`.
 
-        own: (shapes of the model,) bool, the robot's own ones, to be left out; what is behind them stays hidden.
+        own: (shapes of the model,) bool, the robot's own ones, to be left out; what is behind them stays hidden. Where they hide
+        all there is, as a hand above a small puck does, the cloud is theirs. Raises ValueError where nothing lies in the box.
         """
         self.renderer.enable_depth_rendering()
         self.renderer.update_scene(data, self.name, self.option)
         pose = np.eye(4)  # camera -> world
         pose[:3, :3], pose[:3, 3] = data.camera(self.name).xmat.reshape(3, 3) * [1, -1, -1], data.camera(self.name).xpos
         points = depth_to_points(self.renderer.render(), self.camera, pose)
+        inside = crop(points, low, high, surface)
         if own is not None:
-            shapes = self._shapes()
-            points[(shapes >= 0) & own[shapes]] = np.inf
-        points = points[crop(points, low, high, surface)]
+            shapes = self._shapes()[inside]
+            others = inside[(shapes < 0) | ~own[shapes]]
+            inside = others if len(others) else inside
+        points = points[inside]
         return points[farthest_points(points, count)].astype(np.float32)
 
     def _shapes(self) -> np.ndarray:

@@ -222,6 +222,21 @@ def test_clouds_come_without_the_robot_and_show_nothing_that_it_hides():
 
 
 @needs_metaworld
+def test_where_the_hand_hides_all_there_is_the_cloud_is_the_robots():
+    env = manipulation.MetaWorld("sweep", "points")  # before it falls, the puck lies under the hand, and so does the goal
+    env.reset(seed=1)
+    act, alone, done = env.expert().get_action, [], False
+    while not done:
+        _, _, done, late, _ = env.step(act(env.full))
+        assert not late
+        clouds = (env._eye().points(env.sim.data, env.low, env.HIGH, env.POINTS, own=own) for own in (None, env.own))
+        everything, without = ({tuple(point) for point in cloud} for cloud in clouds)
+        alone.append(everything == without)
+    assert 0 < sum(alone) < 10
+    env.close()
+
+
+@needs_metaworld
 @pytest.mark.parametrize("task", ["stick-pull", "sweep", "hammer", "disassemble", *manipulation.HOLES])
 def test_the_goal_of_every_task_is_in_the_cloud(task):
     env = manipulation.MetaWorld(task, "points")
