@@ -237,8 +237,9 @@ class Learner:
         """(B, number, h, Da), with std `scale`: 1 for the samples that are trained and for the critics' target.
 
         DEPARTS from 1 for proposals and when acting: the rare samples far from all data are those of which the critics know
-        least, and the more candidates there are, the surer the best of them is one of these (trials). In the target they stay:
-        near the middle of the samples the best of them is what the data do, and play does nothing that it values.
+        least, and the more candidates there are, the surer the best of them is one of these (benchmark/trials.md). In the
+        target they stay: near the middle of the samples the best of them is what the data do, and play does nothing that it
+        values.
         """
         shape = (self.cfg.batch_size, number, *self.shape)
         return scale * torch.randn(shape, generator=self.generator, device=self.generator.device)

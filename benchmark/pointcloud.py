@@ -125,7 +125,8 @@ def main() -> None:
                 record.append(RESULTS, {"task": task, "train_seed": seed, **own}, finished.result())
             except subprocess.CalledProcessError as error:  # its message stands above; the others go on
                 print(f"{task}, seed {seed}: not run, status {error.returncode}", flush=True)
-    print(table(record.read(RESULTS)), table_of_papers(record.read(RESULTS)), sep="\n\n")
+    rows = record.read(RESULTS)
+    print(table(rows), table_of_papers(rows), sep="\n\n")
 
 
 if __name__ == "__main__":
