@@ -89,6 +89,7 @@ class Config:
 
     obs_noise: float = 0.02  # std of noise on the state in training, in halves of its range; DEPARTS paper: none
     shift: float = 0.0  # metres; clouds: in training the whole scene stands elsewhere by up to so much; DEPARTS paper: 0
+    nudge: float = 0.0  # metres; clouds: ... the hand beside its way, and the chunk leads it back; DEPARTS paper: 0
 
     obs_steps: int = 2  # To; Table VII
     horizon: int = 16  # Tp; Table VII
@@ -167,7 +168,7 @@ def check(cfg: Config) -> None:
     for name in ("lr", "grad_clip", "ema_power"):
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0", 2)
-    from_0 = ("warmup", "weight_decay", "recombine", "obs_noise", "shift", "latent_scale", "cond_depth", "seed")
+    from_0 = ("warmup", "weight_decay", "recombine", "obs_noise", "shift", "nudge", "latent_scale", "cond_depth", "seed")
     for name in (*from_0, "eval_episodes", "report_episodes"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be a number from 0 on", 2)
@@ -272,6 +273,8 @@ def main() -> None:
             raise ValueError(f"{cfg.env} has no parts to recombine; omit --recombine")
         if cfg.shift and task.shift is None:
             raise ValueError(f"{cfg.env} cannot be shifted; omit --shift")
+        if cfg.nudge and task.nudge is None:
+            raise ValueError(f"{cfg.env} has no hand that can be nudged; omit --nudge")
     with plain_errors():
         mirror = task.demo_mirror if cfg.mirror else None
         made = {"record": task.demo_record, "origin": task.demo_origin, "record_expert": task.demo_expert}
@@ -384,6 +387,9 @@ def main() -> None:
         draw = torch.randn(cfg.batch_size, cfg.obs_steps, *task.obs_shapes[key], generator=generator)[share]
         return draw.to(device) * noise_std[key]
 
+    def offset(largest: float) -> torch.Tensor:  # likewise, uniform in a cube
+        return largest * (2 * torch.rand(cfg.batch_size, 3, generator=generator)[share] - 1).to(device)
+
     share = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)  # of the minibatch, for this process
     bar = tqdm(total=cfg.steps, initial=step, disable=not first, unit="step", smoothing=0.05, dynamic_ncols=True)
     shown: dict[str, str] = {}
@@ -396,8 +402,9 @@ def main() -> None:
         if cfg.obs_noise:  # with few demonstrations a little noise is worth more than more steps
             obs |= {key: obs[key] + noise(key) for key in states}
         if cfg.shift:  # the actions are displacements: the same wherever the scene stands
-            offset = cfg.shift * (2 * torch.rand(cfg.batch_size, 3, generator=generator)[share] - 1)
-            obs = task.shift(obs, offset.to(device))
+            obs = task.shift(obs, offset(cfg.shift))
+        if cfg.nudge:  # demonstrations alone do not show how to come back to their way
+            obs, chunk = task.nudge(obs, chunk, offset(cfg.nudge))
         expert = policy.normalize_action(chunk).unsqueeze(1)  #                    (B, 1, Tp, Da)
 
         # Lines 3-7: hypotheses (24), drift and regression (25)-(40).

@@ -50,6 +50,8 @@ class Task:
     reached: Callable[[Arrays], np.ndarray] | None = None
     sparse: bool = True
     shift: Callable[[dict, torch.Tensor], dict] | None = None  # the observation of a scene that stands elsewhere
+    # (Observation, chunk, offset) -> the observation of a hand that stands beside its way, and the chunk that leads it back
+    nudge: Callable[[dict, torch.Tensor, torch.Tensor], tuple[dict, torch.Tensor]] | None = None
     make_training: Callable[[int, int], object] | None = None  # the same for dbpo_finetune.py, where another is faster
     side_by_side: int = 100  # environments of an evaluation; one that draws takes 100 MB
     stages: int = 1  # subtasks of an episode; score is the share of them that is done
@@ -191,9 +193,11 @@ def metaworld_task(task: str, view: str) -> Task:
         demo_origin="Meta-World's scripted expert",
         demo_scripted=True,
         shift=manipulation.shift_scene if view == "points" else None,
+        nudge=manipulation.beside_its_way if view == "points" else None,
         # The experts look at the newest state alone, and so do the policies: To = 1. Ten demonstrations cover few places: clouds
         # are measured from the hand, and the scene stands elsewhere in each minibatch. Slim latents: the experts have one way to
-        # act, and of 100 starts one policy for basketball succeeded in 0.79 and 0.83 with latents of 0.8 and 0.2.
+        # act, and of 100 starts one policy for basketball succeeded in 0.79 and 0.83 with latents of 0.8 and 0.2. A nudged hand
+        # shows how to come back: reach, where the hand has to stop within 2 cm of what it sees, went from 0.67 to 1.00.
         train={
             "obs_steps": 1,
             "horizon": 4,
@@ -206,7 +210,7 @@ def metaworld_task(task: str, view: str) -> Task:
             "report_episodes": 20,
         }
         | (
-            {"point_widths": (32, 64, 128), "cloud_origin": "robot", "shift": 0.1, "latent_scale": 0.2}
+            {"point_widths": (32, 64, 128), "cloud_origin": "robot", "shift": 0.1, "nudge": 0.02, "latent_scale": 0.2}
             if view == "points"
             else {}
         ),

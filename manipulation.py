@@ -21,6 +21,7 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -201,6 +202,8 @@ METAWORLD = {
     }.items()
 }
 
+STEP = 0.01  # metres, how far an action of 1 moves the hand
+
 # Metres: tables with a hole are higher, and the box begins above the hole's floor.
 SURFACE, HOLES = 0.05, {"hand-insert": -0.045, "pick-out-of-hole": 0.01, "sweep-into": -0.045}
 
@@ -286,6 +289,21 @@ def shift_scene(obs: dict[str, Tensor], offset: Tensor) -> dict[str, Tensor]:
     """The scene `offset` (B, 3) metres elsewhere: robot (B, To, 9), three positions, and points (B, To, points, 3)."""
     robot, offset = obs["robot"].unflatten(-1, (3, 3)), offset[:, None, None]
     return {**obs, "robot": (robot + offset).flatten(-2), "points": obs["points"] + offset}
+
+
+def beside_its_way(obs: dict[str, Tensor], chunk: Tensor, offset: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The hand `offset` (B, 3) metres from where it was, nothing else moved, and the chunk (B, Tp, 4) that leads it back.
+
+    Of the offset only what is across the chunk's mean direction is taken: along it the hand would be earlier or later on the same
+    way, where the demonstration has another chunk, and grippers would close at the wrong time. A hand that waits has no such one.
+    """
+    way = chunk[..., :3].mean(1)  #                                                              (B, 3), 1: a full step
+    along = (offset * way).sum(-1, keepdim=True) / (way.square().sum(-1, keepdim=True) + 0.05**2)
+    offset = offset - along * way
+    back = offset / (chunk.shape[1] * STEP)  # by equal parts within the chunk
+    chunk = torch.cat([(chunk[..., :3] - back[:, None]).clamp(-1, 1), chunk[..., 3:]], -1)
+    robot = obs["robot"].unflatten(-1, (3, 3)) + offset[:, None, None]
+    return {**obs, "robot": robot.flatten(-2)}, chunk
 
 
 def record_expert(

@@ -272,6 +272,26 @@ def test_recorded_successes_train_and_shifted_scenes_keep_their_shape(tmp_path, 
     torch.testing.assert_close((moved["robot"] - obs["robot"])[1, 0], torch.tensor([0.1, -0.2, 0.3] * 3))
 
 
+def test_a_nudged_hand_is_led_back_within_its_chunk():
+    obs = {"robot": torch.rand(3, 1, 9), "points": torch.rand(3, 1, 5, 3)}
+    chunk = torch.zeros(3, 4, 4)
+    chunk[:, :, 3] = 0.6
+    chunk[1, :, 0] = chunk[2, :, 0] = 0.9  # on their way along x; the first waits
+    offset = torch.tensor([[0.01, -0.02, 0.0], [0.01, -0.02, 0.0], [0.02, 0.0, 0.0]])
+    nudged, back = manipulation.beside_its_way(obs, chunk, offset)
+    moved = nudged["robot"] - obs["robot"]
+    torch.testing.assert_close(moved[0], torch.tensor([[0.01, -0.02, 0.0] * 3]))
+    torch.testing.assert_close(moved[1], torch.tensor([[0.0, -0.02, 0.0] * 3]), atol=1e-4, rtol=0)  # nothing along x
+    assert moved[2].abs().max() < 1e-4
+    assert nudged["points"] is obs["points"]
+    # A step of 1 is a centimetre: the hand ends where it would have ended.
+    ends = moved[:, 0, :3] + 0.01 * back[..., :3].sum(1)
+    torch.testing.assert_close(ends, 0.01 * chunk[..., :3].sum(1))
+    assert torch.equal(back[..., 3], chunk[..., 3])
+    far = manipulation.beside_its_way(obs, chunk, 100 * offset)[1]
+    assert far.abs().max() == 1
+
+
 @pytest.mark.parametrize("task", list(manipulation.ADROIT))
 def test_adroit_shapes_and_ends(task):
     pytest.importorskip("gymnasium_robotics")
