@@ -79,9 +79,13 @@ def table(rows: list[dict]) -> str:
         missing = f" ({len(names) - len(done)} not run)" if len(done) < len(names) else ""
         return f"{np.mean(done):.1f}{missing}" if done else "not run"
 
-    lines = ["| group | task: success % (seeds) | average | of the 34 | published, of the 34 |", "|---|---|---|---|---|"]
+    lines = [
+        "| group | task: success % (seeds), *: of the 34 | average | of the 34 | published, of the 34 |",
+        "|---|---|---|---|---|",
+    ]
     for group, names in METAWORLD.items():
-        cells = ", ".join(f"{name} {np.mean(scores[name]):.0f} ({len(scores[name])})" for name in names if name in scores)
+        marked = {name: name + "*" * (name in THE_34[group]) for name in names if name in scores}
+        cells = ", ".join(f"{mark} {np.mean(scores[name]):.0f} ({len(scores[name])})" for name, mark in marked.items())
         lines.append(f"| {group} | {cells or '-'} | {average(names)} | {average(THE_34[group])} | {PUBLISHED[group]} |")
     published = np.average(list(PUBLISHED.values()), weights=[len(THE_34[group]) for group in PUBLISHED])
     of_50, of_34 = (average([name for names in groups.values() for name in names]) for groups in (METAWORLD, THE_34))
