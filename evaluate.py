@@ -107,6 +107,13 @@ def interval95(x: np.ndarray) -> tuple[float, float]:
     return float(x.mean() - half), float(x.mean() + half)
 
 
+def share95(share: float, episodes: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of episodes: 100 of 100 do not prove that none will ever fail (0.963 to 1)."""
+    middle = (share + Z95**2 / (2 * episodes)) / (1 + Z95**2 / episodes)
+    half = Z95 / (1 + Z95**2 / episodes) * (share * (1 - share) / episodes + (Z95 / (2 * episodes)) ** 2) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def latency(policy: Policy, calls: int = 200) -> tuple[np.ndarray, int]:
     """Milliseconds of single policy calls, batch 1, observation in and action out, after 20 warm-up calls; and the
     number of network passes that one call was seen to make (NFE)."""
@@ -135,15 +142,17 @@ def report(policy: Policy, results: dict[str, np.ndarray], seed_start: int, stag
     stages: subtasks of an episode (Task.stages); of several, p1, p2, ... are the shares of episodes with at least so many done.
     """
     times, nfe = latency(policy)
-    low, high = interval95(results["score"])
+    score = results["score"]
+    share = np.isin(score, (0, 1)).all()  # whether an episode succeeds, nothing between
+    low, high = share95(float(score.mean()), len(score)) if share else interval95(score)
     return {
         "env": policy.config.env,
-        "episodes": len(results["score"]),
+        "episodes": len(score),
         "seed_start": seed_start,
-        "score": round(float(results["score"].mean()), 4),
-        "score_ci95": [round(low, 4), round(high, 4)] if len(results["score"]) > 1 else None,  # JSON knows no infinity
+        "score": round(float(score.mean()), 4),
+        "score_ci95": [round(low, 4), round(high, 4)] if len(score) > 1 else None,  # JSON knows no infinity
         "success_rate": round(float(results["success"].mean()), 4),
-        **(stage_shares(results["score"], stages) if stages > 1 else {}),
+        **(stage_shares(score, stages) if stages > 1 else {}),
         "mean_return": round(float(results["return"].mean()), 3),
         "latency_ms_p50": round(float(np.percentile(times, 50)), 3),
         "latency_ms_p99": round(float(np.percentile(times, 99)), 3),

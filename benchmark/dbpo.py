@@ -73,7 +73,7 @@ def table(rows: list[dict]) -> str:
         mine = sorted((row for row in rows if row["group"] == group), key=lambda row: row["train_seed"])
         for row in mine:
             million = [score for step, _, score in row["curve"] if step <= 1_000_000][-1]
-            low, high = row["score_ci95"]
+            low, high = record.interval(row)
             lines.append(
                 f"| {group} | {row['train_seed']} | {row['stage1']:,.4g} | {million:,.4g} | {row['score']:,.4g} | {low:,.4g} to "
                 f"{high:,.4g} | {row['success_rate']:.2f} | {row['curve'][-1][0] / 1e6:.1f} M | {row['wall_s'] / 60:.1f} min |"

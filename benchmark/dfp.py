@@ -89,10 +89,10 @@ def table(rows: list[dict]) -> str:
         for row in mine:
             share, episodes = row["success_rate"], row["episodes"]
             alone = f"{row['alone_success']:.2f}, {row['alone_return']:.3g}" if "alone_success" in row else "-"
-            low, high = evaluate.interval95(1.0 * (np.arange(episodes) < round(share * episodes)))
+            low, high = evaluate.share95(share, episodes)
             lines.append(
                 f"| {group} | {row['train_seed']} | {row['offline_success']:.2f} | {share:.2f} | "
-                f"{max(low, 0):.2f} to {min(high, 1):.2f} | {row['last_success']:.2f} | "
+                f"{low:.2f} to {high:.2f} | {row['last_success']:.2f} | "
                 f"{row['offline_return']:.3g} -> {row['last_return']:.3g} | {alone} | "
                 f"{row['wall_s'] / 60:.0f} min |"
             )

@@ -30,7 +30,7 @@ class Config:
 def table(rows: list[dict]) -> str:
     lines = ["| std of the latents | score, 200 episodes | 95 % interval | success |", "|---|---|---|---|"]
     for row in rows:
-        low, high = row["score_ci95"]
+        low, high = record.interval(row)
         lines.append(f"| {row['latent_scale']} | {row['score']:.3f} | {low:.3f} to {high:.3f} | {row['success_rate']:.2f} |")
     return "\n".join(lines)
 

@@ -45,7 +45,7 @@ def table(rows: list[dict]) -> str:
     for group in GROUPS:
         mine = sorted((row for row in rows if row["group"] == group), key=lambda row: row["train_seed"])
         for row in mine:
-            low, high = row["score_ci95"]
+            low, high = record.interval(row)
             lines.append(
                 f"| {group} | {row['train_seed']} | {row['score']:.3f} | {low:.3f} to {high:.3f} | {row['success_rate']:.2f} | "
                 f"{row['wall_s'] / 60:.1f} min |"

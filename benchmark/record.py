@@ -13,10 +13,19 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluate
 
 
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def interval(row: dict) -> tuple[float, float]:
+    """95 % interval of a row's score: as it stands there, or Wilson's where that is the share of successes."""
+    if row["score"] == row["success_rate"]:  # older rows have the normal one
+        return evaluate.share95(row["score"], row["episodes"])
+    return tuple(row["score_ci95"])
 
 
 def run(script: str, out: Path, flags: list[str]) -> dict:

@@ -43,10 +43,10 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (row["task"], row["train_seed"])):
-        low, high = row["score_ci95"]
+        low, high = record.interval(row)
         lines.append(
             f"| {row['task']} | {row['demos']} | {row['demos']} of {row['attempts']} | {row['train_seed']} | "
-            f"{row['score']:.2f} | {low:.2f} to {min(high, 1):.2f} | {row['latency_ms_p50']:.1f} ms | "
+            f"{row['score']:.2f} | {low:.2f} to {high:.2f} | {row['latency_ms_p50']:.1f} ms | "
             f"{row['wall_s'] / 60:.0f} min |"
         )
     return "\n".join(lines)

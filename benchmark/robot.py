@@ -120,10 +120,10 @@ def tasks_table(rows: list[dict]) -> str:
     ]
     experts = {row["task"]: row for row in rows if row["what"] == "expert"}
     for row in sorted((row for row in rows if row["what"] == "training"), key=lambda row: (row["task"], row["train_seed"])):
-        (low, high), one = row["score_ci95"], experts[row["task"]]
+        (low, high), one = record.interval(row), experts[row["task"]]
         lines.append(
             f"| ur5-{row['task']} | {row['demos']} | {one['success_rate']:.2f} of {one['episodes']} | {row['train_seed']} | "
-            f"{row['score']:.2f} of {row['episodes']} | {low:.2f} to {min(high, 1):.2f} | {row['wall_s'] / 60:.0f} min | "
+            f"{row['score']:.2f} of {row['episodes']} | {low:.2f} to {high:.2f} | {row['wall_s'] / 60:.0f} min | "
             f"{WANTED[row['task']]:.2f} |"
         )
     return "\n".join(lines)

@@ -74,6 +74,13 @@ def test_interval95_by_hand():
     assert (low, high) == pytest.approx((0.5 - 0.565803, 0.5 + 0.565803), abs=1e-6)
 
 
+def test_share95_is_wilsons_interval():
+    # 8 of 10: (0.8 + 0.19208) / 1.38416 = 0.716737; half 1.96 / 1.38416 * sqrt(0.016 + 0.009604) = 0.226578
+    assert evaluate.share95(0.8, 10) == pytest.approx((0.490159, 0.943315), abs=1e-5)
+    assert evaluate.share95(1.0, 100) == pytest.approx((0.963005, 1.0), abs=1e-5)
+    assert evaluate.share95(0.0, 100) == pytest.approx((0.0, 0.036995), abs=1e-5)
+
+
 def test_interval95_holds_the_mean_in_95_percent_of_samples():
     samples = np.random.default_rng(0).beta(2, 1, (1000, 50))  # like scores: skewed, in [0, 1], mean 2/3
     bounds = np.array([evaluate.interval95(sample) for sample in samples])
