@@ -87,7 +87,8 @@ class Config:
     ema_power: float = 0.75  # averaged weights: decay 1 - (1 + t)^-power; Table VII
     ema_max_decay: float = 0.9999  # ... at most this; Table VII
 
-    obs_noise: float = 0.02  # std of noise on the state in training, in halves of its range; DEPARTS paper: none
+    state_scale: Literal["range", "std"] = "range"  # states: to [-1, 1], or by their mean and std; DEPARTS std
+    obs_noise: float = 0.02  # std of noise on the state in training, in halves of its range (or its std); DEPARTS: 0
     shift: float = 0.0  # metres; clouds: in training the whole scene stands elsewhere by up to so much; DEPARTS paper: 0
     nudge: float = 0.0  # metres; clouds: ... the hand beside its way, and the chunk leads it back; DEPARTS paper: 0
 
@@ -95,11 +96,11 @@ class Config:
     horizon: int = 16  # Tp; Table VII
     action_steps: int = 8  # Ta; Table VII
     latent_scale: float = 0.8  # std of the latents when acting; DEPARTS Eq. (7): 1
-    backbone: Literal["mlp", "unet"] = "mlp"  # DEPARTS mlp: small residual MLP; unet: conditional U-Net 1D of Table VIII
-    cond_width: int = 512  # mlp: features of the observation trunk, which runs once per observation
-    cond_depth: int = 2  # mlp: its residual blocks
-    width: int = 128  # mlp: features of the chunk trunk, which runs G times per observation
-    depth: int = 2  # mlp: its residual blocks
+    backbone: Literal["mlp", "tanh", "unet"] = "mlp"  # unet: Table VIII; DEPARTS mlp: residual, small; tanh: smooth, small
+    cond_width: int = 512  # mlp, tanh: features of the observation trunk, which runs once per observation
+    cond_depth: int = 2  # mlp: its residual blocks; tanh: its layers
+    width: int = 128  # mlp, tanh: features of the chunk trunk, which runs G times per observation
+    depth: int = 2  # mlp, tanh: its residual blocks
     image_network: Literal["cnn", "resnet18"] = "cnn"  # of cameras; cnn: small, for the CPU
     image_pooling: Literal["spatial_softmax", "average"] = "spatial_softmax"  # of cameras: where things are, or what there is
     image_crop: float = 0.9  # cameras: side of the crop, share of the image's; random in training, the middle when acting
@@ -126,6 +127,7 @@ PRESETS: dict[str, dict] = {
         "lr_schedule": "constant",
         "warmup": 500,
         "betas": (0.95, 0.999),
+        "state_scale": "range",
         "obs_noise": 0.0,
         "recombine": 0,
         "latent_scale": 1.0,
@@ -295,6 +297,7 @@ def main() -> None:
                 horizon=cfg.horizon,
                 action_steps=cfg.action_steps,
                 latent_scale=cfg.latent_scale,
+                state_scale=cfg.state_scale,
                 backbone=cfg.backbone,
                 cond_width=cfg.cond_width,
                 cond_depth=cfg.cond_depth,

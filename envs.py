@@ -174,7 +174,8 @@ def adroit_task(task: str, view: str) -> Task:
         reached=partial(manipulation.adroit_reached, task=task) if task in manipulation.ADROIT_REACHED else None,
         train={"obs_steps": 2, "horizon": 4, "action_steps": 3, "batch_size": 64, "steps": 3_000, "eval_every": 1_500}
         | {"latent_scale": 0.2, "eval_episodes": 20, "report_episodes": 20}
-        | ({"point_widths": (32, 64, 128)} if view == "points" else {}),
+        | {"state_scale": "std", "obs_noise": 0.0, "backbone": "tanh"}
+        | ({"point_widths": (32, 64, 128), "point_dim": 16} if view == "points" else {}),
     )
 
 

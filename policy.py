@@ -46,11 +46,12 @@ class PolicyConfig:
     horizon: int = 16  # Tp
     action_steps: int = 8  # Ta
     latent_scale: float = 1.0  # std of the latents drawn when acting; Eq. (7): 1
-    backbone: str = "mlp"  # "mlp", "plain" or "unet"
-    cond_width: int = 512  # mlp: features of the observation trunk
-    cond_depth: int = 2  # mlp: its residual blocks
-    width: int = 128  # mlp: features of the chunk trunk; plain: of each layer
-    depth: int = 2  # mlp: its residual blocks; plain: layers
+    state_scale: str = "range"  # states are scaled by their "range" or by their "std"; see Normalizer.fit
+    backbone: str = "mlp"  # "mlp", "tanh", "plain" or "unet"
+    cond_width: int = 512  # mlp, tanh: features of the observation trunk
+    cond_depth: int = 2  # mlp: its residual blocks; tanh: its layers
+    width: int = 128  # mlp, tanh: features of the chunk trunk; plain: of each layer
+    depth: int = 2  # mlp, tanh: its residual blocks; plain: layers
     channels: tuple[int, ...] = (512, 1024, 2048)  # unet: Table VIII
     kernel_size: int = 5  # unet: Table VIII
     cond_dim: int = 256  # unet: Table VIII
@@ -81,7 +82,7 @@ def check_horizons(obs_steps: int, horizon: int, action_steps: int) -> None:
 
 
 class Normalizer(nn.Module):
-    """Min-max scaling to [-1, 1] per coordinate, stored with the policy (Diffusion Policy's convention).
+    """Scaling per coordinate, stored with the policy: min-max to [-1, 1] (Diffusion Policy's convention), or by mean and std.
 
     A coordinate that is constant in the data is only centred: dividing by its zero range would amplify noise.
     """
@@ -93,12 +94,16 @@ class Normalizer(nn.Module):
         self.register_buffer("center", torch.zeros(shape))
         self.register_buffer("half_range", torch.ones(shape))
 
-    def fit(self, data: Tensor) -> None:
-        """data: (steps, *shape), finite, environment units."""
+    def fit(self, data: Tensor, scale: str = "range") -> None:
+        """data: (steps, *shape), finite, environment units; scale: "range" or "std".
+
+        With "std" (DEPARTS the convention) `half_range` holds the std: what a velocity does most of the time is not squeezed
+        together by the one step in which something fell.
+        """
         low, high = data.amin(0), data.amax(0)
-        half = (high - low) / 2
-        self.center.copy_((high + low) / 2)
-        self.half_range.copy_(torch.where(half < self.CONSTANT / 2, torch.ones_like(half), half))
+        center, unit = ((high + low) / 2, (high - low) / 2) if scale == "range" else (data.mean(0), data.std(0))
+        self.center.copy_(center)
+        self.half_range.copy_(torch.where(high - low < self.CONSTANT, torch.ones_like(unit), unit))
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.center) / self.half_range
@@ -139,12 +144,35 @@ class ResidualMLP(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, chunk_dim))
 
     def forward(self, z: Tensor, cond: Tensor) -> Tensor:
-        c = self.cond_blocks(self.embed_cond(cond))  #                       (B, cond_width)
+        return self.chunk(z, self.cond_blocks(self.embed_cond(cond)))
+
+    def chunk(self, z: Tensor, c: Tensor) -> Tensor:
+        """c (B, cond_width): what the observation trunk makes of the observation."""
         shifts = self.project_cond(c).unsqueeze(1).chunk(len(self.blocks) + 1, -1)  # each (B, 1, width)
         h = self.embed_z(z.flatten(2)) + shifts[0]  #                        (B, G, width)
         for block, shift in zip(self.blocks, shifts[1:], strict=True):
             h = block(h, shift)
         return self.head(h).view_as(z)  #                                    (B, G, Tp, Da)
+
+
+class TanhMLP(ResidualMLP):
+    """The same with a smooth trunk for the observation: tanh layers, nothing normalised on the way, and straight from them to
+    the chunk's middle, to which the chunk trunk adds what the latent makes of it.
+
+    Between ten demonstrations of a hand with 24 joints it interpolates as a smooth kernel does, where LayerNorm and GELU bend
+    (benchmark/trials.md, Adroit).
+    """
+
+    def __init__(self, chunk_dim: int, cond_dim: int, cond_width: int, cond_depth: int, width: int, depth: int):
+        super().__init__(chunk_dim, cond_dim, cond_width, cond_depth, width, depth)
+        hidden = [m for _ in range(cond_depth - 1) for m in (nn.Linear(cond_width, cond_width), nn.Tanh())]
+        self.cond_blocks = nn.Sequential(nn.Tanh(), *hidden)
+        self.project_cond = nn.Linear(cond_width, (depth + 1) * width)
+        self.middle = nn.Linear(cond_width, chunk_dim)
+
+    def forward(self, z: Tensor, cond: Tensor) -> Tensor:
+        c = self.cond_blocks(self.embed_cond(cond))
+        return self.middle(c).unsqueeze(1).unflatten(-1, z.shape[2:]) + self.chunk(z, c)
 
 
 class PlainMLP(nn.Module):
@@ -245,11 +273,13 @@ class ConditionalUNet1D(nn.Module):
 
 
 def make_backbone(config: PolicyConfig, cond_dim: int) -> nn.Module:
+    chunk_dim = config.horizon * config.action_dim
     if config.backbone == "mlp":
-        chunk_dim = config.horizon * config.action_dim
         return ResidualMLP(chunk_dim, cond_dim, config.cond_width, config.cond_depth, config.width, config.depth)
+    if config.backbone == "tanh":
+        return TanhMLP(chunk_dim, cond_dim, config.cond_width, config.cond_depth, config.width, config.depth)
     if config.backbone == "plain":
-        return PlainMLP(config.horizon * config.action_dim, cond_dim, config.width, config.depth)
+        return PlainMLP(chunk_dim, cond_dim, config.width, config.depth)
     if config.backbone == "unet":
         factor = 2 ** (len(config.channels) - 1)
         if config.horizon % factor:
@@ -258,7 +288,7 @@ def make_backbone(config: PolicyConfig, cond_dim: int) -> nn.Module:
                 f"be a multiple of {factor}"
             )
         return ConditionalUNet1D(config.action_dim, cond_dim, config)
-    raise ValueError(f"backbone is {config.backbone!r}; it must be mlp, plain or unet")
+    raise ValueError(f"backbone is {config.backbone!r}; it must be mlp, tanh, plain or unet")
 
 
 # --- the policy -------------------------------------------------------------------------------------------------------
@@ -274,6 +304,8 @@ class Policy(nn.Module):
         super().__init__()
         check_horizons(config.obs_steps, config.horizon, config.action_steps)
         self.config = config
+        if config.state_scale not in ("range", "std"):
+            raise ValueError(f"state_scale is {config.state_scale!r}; it must be range or std")
         normalized = {key: shape for key, shape in config.obs_shapes.items() if kind(shape) != "image"}
         self.normalize_obs = nn.ModuleDict(
             {key: Normalizer(shape[-1:] if kind(shape) == "cloud" else shape) for key, shape in normalized.items()}
@@ -301,7 +333,8 @@ class Policy(nn.Module):
         """obs {key: (N, *shape)}, actions (N, Da): all steps of the demonstrations, environment units."""
         centered = self.center({key: torch.from_numpy(obs[key]) for key in self.normalize_obs})
         for key, normalizer in self.normalize_obs.items():
-            normalizer.fit(centered[key].reshape(-1, *normalizer.center.shape))
+            scale = self.config.state_scale if kind(self.config.obs_shapes[key]) == "state" else "range"
+            normalizer.fit(centered[key].reshape(-1, *normalizer.center.shape), scale)
         self.normalize_action.fit(torch.from_numpy(actions))
 
     def center(self, obs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""policy.py: both backbones, acting, horizons, normaliser, averaged weights, save and load."""
+"""policy.py: the backbones, acting, horizons, normaliser, averaged weights, save and load."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from common import UserError, save_checkpoint
 from policy import EMA, Normalizer, Policy, PolicyConfig, check_horizons
 
 B, G, TO, TP, TA, DA = 3, 5, 2, 8, 4, 2
-BACKBONES = {"mlp": TINY_MLP, "unet": TINY_UNET}
+BACKBONES = {"mlp": TINY_MLP, "tanh": {**TINY_MLP, "backbone": "tanh"}, "unet": TINY_UNET}
 LOW, HIGH = np.array([100.0, -3.0], np.float32), np.array([300.0, 5.0], np.float32)  # of the actions, environment units
 
 
@@ -201,6 +201,21 @@ def test_normalizer_maps_the_range_to_minus_one_and_one_and_back():
     expected = torch.tensor([[-1.0, 1.0], [1.0, -1.0], [-0.5, 0.0]])
     torch.testing.assert_close(normalizer(data), expected)
     torch.testing.assert_close(normalizer.inverse(expected), data)
+
+
+def test_states_are_scaled_by_their_std_where_asked_and_clouds_never():
+    rng = np.random.default_rng(0)
+    obs = {"state": rng.normal(7, 3, (500, 2)).astype(np.float32), "points": rng.normal(0, 2, (500, 4, 3)).astype(np.float32)}
+    obs["state"][:, 1] = 5  # constant
+    config = PolicyConfig(env="toy", obs_shapes={"state": (2,), "points": (4, 3)}, action_dim=1, state_scale="std", **TINY_MLP)
+    policy = Policy(config)
+    policy.fit_normalizers(obs, np.zeros((500, 1), np.float32))
+    scaled = policy.normalize_obs["state"](torch.from_numpy(obs["state"]))
+    torch.testing.assert_close(scaled.mean(0), torch.zeros(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(scaled.std(0), torch.tensor([1.0, 0.0]), atol=1e-4, rtol=0)
+    assert policy.normalize_obs["points"](torch.from_numpy(obs["points"])).abs().max() <= 1 + 1e-5
+    with pytest.raises(ValueError, match="state_scale is 'max'"):
+        Policy(dataclasses.replace(config, state_scale="max"))
 
 
 def test_normalizer_only_centres_a_constant_coordinate():
