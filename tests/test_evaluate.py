@@ -191,6 +191,7 @@ def test_gif_holds_the_last_frame_of_the_shorter_episode(tmp_path):
 
 EXPORTED = {
     "mlp": {"obs_shapes": {"state": (3,)}},
+    "tanh": {"obs_shapes": {"state": (3,)}, "backbone": "tanh"},
     "unet": {"obs_shapes": {"state": (3,)}, **TINY_UNET},
     "camera": {"obs_shapes": {"robot": (4,), "image": (24, 24, 3)}},
     "cloud from the hand": {"obs_shapes": {"robot": (4,), "points": (30, 3)}, "cloud_origin": "robot"},
