@@ -88,7 +88,7 @@ class Config:
     ema_max_decay: float = 0.9999  # ... at most this; Table VII
 
     state_scale: Literal["range", "std"] = "range"  # states: to [-1, 1], or by their mean and std; DEPARTS std
-    obs_noise: float = 0.02  # std of noise on the state in training, in halves of its range (or its std); DEPARTS: 0
+    obs_noise: float = 0.02  # std of noise on the state in training, in halves of its range or in its std; DEPARTS paper: 0
     shift: float = 0.0  # metres; clouds: in training the whole scene stands elsewhere by up to so much; DEPARTS paper: 0
     nudge: float = 0.0  # metres; clouds: ... the hand beside its way, and the chunk leads it back; DEPARTS paper: 0
 
@@ -128,6 +128,7 @@ PRESETS: dict[str, dict] = {
         "warmup": 500,
         "betas": (0.95, 0.999),
         "state_scale": "range",
+        "point_dim": 64,
         "obs_noise": 0.0,
         "recombine": 0,
         "latent_scale": 1.0,
