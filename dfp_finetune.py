@@ -104,10 +104,11 @@ class Config:
     target_rate: float = 5e-3  # the critic's slow copy, likewise; published: 0.005
     acting_rate: float = 1e-3  # the actor's average, which acts, likewise; DEPARTS published: 1, the newest, see `Learner`
 
-    backbone: Literal["mlp", "plain"] = "mlp"  # mlp: small residual MLP; plain: published, 4 layers of 512
-    cond_width: int = 256  # mlp: features of the observation trunk
-    width: int = 128  # mlp: features of the chunk trunk; plain: of each layer
-    depth: int = 2  # mlp: residual blocks of each trunk; plain: layers
+    state_scale: Literal["range", "std"] = "range"  # states: to [-1, 1], or by their mean and std; DEPARTS std
+    backbone: Literal["mlp", "tanh", "plain"] = "mlp"  # mlp: small residual MLP; tanh: smooth; plain: published, 4 layers of 512
+    cond_width: int = 256  # mlp, tanh: features of the observation trunk
+    width: int = 128  # mlp, tanh: features of the chunk trunk; plain: of each layer
+    depth: int = 2  # mlp: residual blocks of each trunk; tanh: layers of the observation's, blocks of the chunk's; plain: layers
     critic_trunk: int = 256  # features of two layers of the critics that see the observation alone; 0: none, as published
     critic_width: int = 128  # features of each layer of the critics; published: 512
     critic_depth: int = 3  # their layers; published: 4
@@ -417,6 +418,7 @@ def make_policy(cfg: Config, task: envs.Task, data: demos.Demos) -> Policy:
             obs_steps=1,
             horizon=cfg.horizon,
             action_steps=cfg.horizon,
+            state_scale=cfg.state_scale,
             backbone=cfg.backbone,
             cond_width=cfg.cond_width,
             cond_depth=cfg.depth,

@@ -168,6 +168,15 @@ def test_the_rivals_run_on_the_same_path(method, work, pusht_npz, monkeypatch):
     assert json.loads((work / method / "result.json").read_text().splitlines()[-1])["method"] == method
 
 
+def test_the_smooth_trunk_and_states_by_their_std(work, pusht_npz, monkeypatch):
+    budget = {"offline_steps": 5, "online_steps": 15, "start_after": 5, "backbone": "tanh", "state_scale": "std"}
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sys, "argv", improve(pusht_npz, out="smooth", **budget))
+    main()
+    config = Policy.load(work / "smooth" / "dfp.pt").config
+    assert (config.backbone, config.state_scale) == ("tanh", "std")
+
+
 def test_what_fails_in_the_middle_leaves_what_was_saved(work, pusht_npz, monkeypatch, capsys):
     def died(*_):
         raise vector.SimulationError("a worker process died")
