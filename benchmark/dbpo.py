@@ -72,11 +72,13 @@ def table(rows: list[dict]) -> str:
     for group in GROUPS:
         mine = sorted((row for row in rows if row["group"] == group), key=lambda row: row["train_seed"])
         for row in mine:
+            steps = row["curve"][-1][0]
             million = [score for step, _, score in row["curve"] if step <= 1_000_000][-1]
+            million = f"{million:,.4g}" if steps >= 1_000_000 else "-"
             low, high = record.interval(row)
             lines.append(
-                f"| {group} | {row['train_seed']} | {row['stage1']:,.4g} | {million:,.4g} | {row['score']:,.4g} | {low:,.4g} to "
-                f"{high:,.4g} | {row['success_rate']:.2f} | {row['curve'][-1][0] / 1e6:.1f} M | {row['wall_s'] / 60:.1f} min |"
+                f"| {group} | {row['train_seed']} | {row['stage1']:,.4g} | {million} | {row['score']:,.4g} | {low:,.4g} to "
+                f"{high:,.4g} | {row['success_rate']:.2f} | {steps / 1e6:.1f} M | {row['wall_s'] / 60:.1f} min |"
             )
         if len(mine) > 1:
             final, stage1 = (np.array([row[name] for row in mine]) for name in ("score", "stage1"))

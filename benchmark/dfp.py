@@ -87,11 +87,13 @@ def table(rows: list[dict]) -> str:
             lines.append(f"| {group} | - | not run | - | - | - | - | - | - |")
         mine = sorted((row for row in rows if row["group"] == group), key=lambda row: row["train_seed"])
         for row in mine:
+            again = sum(other["train_seed"] == row["train_seed"] for other in mine) > 1
+            name = f"{group} ({row['date']})" if again else group
             share, episodes = row["success_rate"], row["episodes"]
             alone = f"{row['alone_success']:.2f}, {row['alone_return']:.3g}" if "alone_success" in row else "-"
             low, high = evaluate.share95(share, episodes)
             lines.append(
-                f"| {group} | {row['train_seed']} | {row['offline_success']:.2f} | {share:.2f} | "
+                f"| {name} | {row['train_seed']} | {row['offline_success']:.2f} | {share:.2f} | "
                 f"{low:.2f} to {high:.2f} | {row['last_success']:.2f} | "
                 f"{row['offline_return']:.3g} -> {row['last_return']:.3g} | {alone} | "
                 f"{row['wall_s'] / 60:.0f} min |"
