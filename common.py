@@ -136,7 +136,10 @@ def read_config(cls: type, description: str, defaults: Callable, folder: str, fr
     The settings of a resumed run are its own. Raises UserError where a flag contradicts them.
     """
     description = description.split("\n")[0]
-    given = tyro.cli(cls, description=description)
+    flags = [
+        flag for flag in sys.argv[1:] if flag not in ("-h", "--help")
+    ]  # the second reading answers it, with the task's defaults
+    given = tyro.cli(cls, args=flags, description=description)
     out = given.out or folder.format(env=given.env)
     if not given.resume:
         return dataclasses.replace(tyro.cli(cls, default=defaults(given), description=description), out=out), None

@@ -102,7 +102,7 @@ class Config:
     sigma_min: float = 0.03  # smallest; released: 0.03
     sigma_max: float = 0.2  # largest; released: 0.10
     noise_clip: float = 3.0  # exploration noise is clipped at so many sigma; released: 3
-    latent_scale: float | None = None  # std of the latents from here on, kept in the policy; none: the checkpoint's
+    latent_scale: float | None = None  # std of the latents from here on, kept in the policy; None: the checkpoint's
     noise_color: float = 0.0  # 0: independent noise at each step; above, low frequencies dominate; DEPARTS Eq. (12)
     mean_log_prob: bool = False  # DEPARTS Eq. (13), as released: log-prob averaged over coordinates, floored at -2
 

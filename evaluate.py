@@ -49,7 +49,7 @@ class Config:
     episodes: int = 100  # number of episodes
     seed_start: int = REPORT_SEED  # seed of the first start; other starts than Diffusion Policy's of the same seed
     seed: int = 0  # seed of the latents
-    latent_scale: float | None = None  # std of the latents; none: the checkpoint's; 1: Eq. (7); 0: the centre
+    latent_scale: float | None = None  # std of the latents; None: the checkpoint's; 1: Eq. (7); 0: the centre
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
     gif: str = ""  # write a film of the first three episodes here
     json: bool = False  # print nothing but one JSON line

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import record
 import torch
+import tyro
 
 import envs
 from dbp_train import Config
@@ -50,4 +51,4 @@ def main(rounds: int = 100) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__.split("\n")[0])  # --help shall not begin to measure

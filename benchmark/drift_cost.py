@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import record
 import torch
+import tyro
 
 import demos
 import envs
@@ -153,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__.split("\n")[0])  # --help shall not begin to measure

@@ -18,6 +18,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import record
+import tyro
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__.split("\n")[0])  # --help shall not begin to measure

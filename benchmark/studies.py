@@ -40,7 +40,7 @@ SETTINGS: dict[str, list[str]] = {  # name: flags of dbp_train.py beside preset 
     "dense {0.02, 0.03, 0.05, 0.08, 0.13, 0.2}": ["--temperatures", "0.02", "0.03", "0.05", "0.08", "0.13", "0.2"],
     "step-wise": ["--stepwise"],
 }
-LOST = "lost in our copy"
+LOST = "illegible in our copy"
 STUDIES: dict[str, dict[str, str]] = {  # study: {setting: the paper's mean (std)}
     "hypotheses": {"G = 1": LOST, "G = 2": LOST, BASE: LOST, "G = 8": LOST, "G = 16": LOST},
     "temperatures": {

@@ -22,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+import tyro
 from torch import Tensor, nn
 
 from drift import dbp_loss, drift_field
@@ -95,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__.split("\n")[0])  # --help shall not begin to measure

@@ -1,6 +1,7 @@
 """common.py: checkpoints that survive accidents and run nothing, the run log, errors as one line, seeding."""
 
 import csv
+import dataclasses
 import errno
 import os
 import pickle
@@ -134,6 +135,22 @@ def test_loading_a_checkpoint_runs_nothing(form, tmp_path):
 def read_rows(folder) -> list[dict[str, str]]:
     with open(folder / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    env: str = "easy"
+    out: str = ""
+    resume: bool = False
+    steps: int = 10  # of the training
+
+
+@pytest.mark.parametrize("order", [["--env", "hard", "--help"], ["-h", "--env", "hard"]])
+def test_help_shows_the_defaults_of_the_task_that_is_named(order, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", *order])
+    with pytest.raises(SystemExit) as ended:
+        common.read_config(Settings, "A script.", lambda given: Settings(steps=300 if given.env == "hard" else 10), "runs", set())
+    assert ended.value.code == 0 and "(default: 300)" in capsys.readouterr().out
 
 
 def test_run_log_writes_rows_as_they_come(tmp_path):
