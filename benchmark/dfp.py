@@ -43,6 +43,9 @@ OFFLINE, ONLINE = 20_000, 20_000  # updates, then environment steps
 STEPS = ["--offline-steps", str(OFFLINE), "--online-steps", str(ONLINE), "--eval-every", "10000", "--report-episodes", "100"]
 PEN = ["--offline-steps", "5000", "--online-steps", "120000", "--start-after", "10000", "--eval-episodes", "50"]
 PEN += ["--num-envs", "16", "--updates-per-step", "0.1", "--clone", "successes", "--latent-scale", "0.5", "--explore", "0.2"]
+SMOOTH = ["--backbone", "tanh", "--state-scale", "std", "--cond-width", "512", "--horizon", "3"]  # as the pen's stage 1
+SMOOTH += ["--online-steps", "160000", "--eval-every", "20000", "--eval-episodes", "100", "--report-episodes", "200"]
+OF_SMOOTH = {"adroit-pen, smooth": "dfp", "adroit-pen, smooth, best-of-n": "best-of-n"}
 GROUPS = {  # name: (task, flags of dfp_finetune.py)
     COMPARED: (COMPARED, []),
     **{group: (COMPARED, ["--method", rival]) for rival, group in OF_RIVALS.items()},
@@ -50,6 +53,7 @@ GROUPS = {  # name: (task, flags of dfp_finetune.py)
     **{f"cube-single-task{k}": (f"cube-single-task{k}", []) for k in range(2, 6)},
     "pusht": ("pusht", []),
     **{group: ("adroit-pen", [*PEN, "--method", method.lower()]) for group, method in OF_PEN.items()},
+    **{group: ("adroit-pen", [*PEN, *SMOOTH, "--method", method]) for group, method in OF_SMOOTH.items()},
 }
 
 
@@ -156,16 +160,16 @@ def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     for group in cfg.only:
         record.check_known(group, GROUPS)
-        if group in OF_PEN and not cfg.adroit and not cfg.print:
+        if group.startswith("adroit-pen") and not cfg.adroit and not cfg.print:
             sys.exit(f"--only {group!r} needs --adroit, the folder of the published experts' npz files")
     done = {(row["group"], row["train_seed"]) for row in record.read(RESULTS)}
-    groups = cfg.only or [group for group in GROUPS if group not in OF_PEN or cfg.adroit]
+    groups = cfg.only or [group for group in GROUPS if not group.startswith("adroit-pen") or cfg.adroit]
     jobs = [(g, s) for g in groups for s in cfg.seeds if (g, s) not in done]
     for group, seed in [] if cfg.print else jobs:
         task, flags = GROUPS[group]
         out = RUNS / f"dfp-{group.replace(', ', '-').replace(' = ', '')}-{seed}"
         common = ["--env", task, "--seed", str(seed), *STEPS]
-        if group in OF_PEN:
+        if group.startswith("adroit-pen"):
             flags = [*flags, "--demos", f"{cfg.adroit}/adroit_pen_expert.npz"]
         elif "gradient" not in flags and not out.exists():  # the others differ online alone: one offline phase serves them all
             offline = RUNS / f"dfp-{task}-offline{OFFLINE}-{seed}"
