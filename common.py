@@ -136,9 +136,8 @@ def read_config(cls: type, description: str, defaults: Callable, folder: str, fr
     The settings of a resumed run are its own. Raises UserError where a flag contradicts them.
     """
     description = description.split("\n")[0]
-    flags = [
-        flag for flag in sys.argv[1:] if flag not in ("-h", "--help")
-    ]  # the second reading answers it, with the task's defaults
+    # which task and preset; --help is answered by the second reading, which has their defaults
+    flags = [flag for flag in sys.argv[1:] if flag not in ("-h", "--help")]
     given = tyro.cli(cls, args=flags, description=description)
     out = given.out or folder.format(env=given.env)
     if not given.resume:

@@ -73,8 +73,8 @@ def table(rows: list[dict]) -> str:
         mine = sorted((row for row in rows if row["group"] == group), key=lambda row: row["train_seed"])
         for row in mine:
             steps = row["curve"][-1][0]
-            million = [score for step, _, score in row["curve"] if step <= 1_000_000][-1]
-            million = f"{million:,.4g}" if steps >= 1_000_000 else "-"
+            before = [score for step, _, score in row["curve"] if step <= 1_000_000]
+            million = f"{before[-1]:,.4g}" if steps >= 1_000_000 else "-"
             low, high = record.interval(row)
             lines.append(
                 f"| {group} | {row['train_seed']} | {row['stage1']:,.4g} | {million} | {row['score']:,.4g} | {low:,.4g} to "

@@ -55,6 +55,7 @@ GROUPS = {  # name: (task, flags of dfp_finetune.py)
     **{group: ("adroit-pen", [*PEN, "--method", method.lower()]) for group, method in OF_PEN.items()},
     **{group: ("adroit-pen", [*PEN, *SMOOTH, "--method", method]) for group, method in OF_SMOOTH.items()},
 }
+BY_EXPERT = {*OF_PEN, *OF_SMOOTH}  # their demonstrations come from a published expert, --adroit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,16 +161,16 @@ def main() -> None:
     cfg = tyro.cli(Config, description=__doc__.split("\n")[0])
     for group in cfg.only:
         record.check_known(group, GROUPS)
-        if group.startswith("adroit-pen") and not cfg.adroit and not cfg.print:
+        if group in BY_EXPERT and not cfg.adroit and not cfg.print:
             sys.exit(f"--only {group!r} needs --adroit, the folder of the published experts' npz files")
     done = {(row["group"], row["train_seed"]) for row in record.read(RESULTS)}
-    groups = cfg.only or [group for group in GROUPS if not group.startswith("adroit-pen") or cfg.adroit]
+    groups = cfg.only or [group for group in GROUPS if group not in BY_EXPERT or cfg.adroit]
     jobs = [(g, s) for g in groups for s in cfg.seeds if (g, s) not in done]
     for group, seed in [] if cfg.print else jobs:
         task, flags = GROUPS[group]
         out = RUNS / f"dfp-{group.replace(', ', '-').replace(' = ', '')}-{seed}"
         common = ["--env", task, "--seed", str(seed), *STEPS]
-        if group.startswith("adroit-pen"):
+        if group in BY_EXPERT:
             flags = [*flags, "--demos", f"{cfg.adroit}/adroit_pen_expert.npz"]
         elif "gradient" not in flags and not out.exists():  # the others differ online alone: one offline phase serves them all
             offline = RUNS / f"dfp-{task}-offline{OFFLINE}-{seed}"
